@@ -1,0 +1,26 @@
+"""LCM-LoRA of the shipped emoji teacher.
+
+    python -m lcm_jax.train --config=configs/emoji_lcm_lora.py --workdir=runs/emoji_lcm_lora
+"""
+
+import importlib.util
+from pathlib import Path
+
+
+def get_config():
+    spec = importlib.util.spec_from_file_location('default', Path(__file__).with_name('default.py'))
+    default = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(default)
+    c = default.get_config()
+    c.lora.rank = 16
+    c.lora.alpha = 16.0
+    c.distill.w_min = 2.0
+    c.distill.w_max = 4.0
+    c.train.steps = 4000
+    c.train.batch = 32
+    c.train.lr = 1e-3
+    c.train.warmup = 50
+    c.train.decay = True
+    c.train.ema_decay = 0.98
+    c.export.weights = 'ema'
+    return c

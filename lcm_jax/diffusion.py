@@ -1,0 +1,106 @@
+"""Noise schedule and what a network's output means: z_t = alpha_t x + sigma_t eps. Pure functions.
+
+Times are integers 0..T-1 as in DDPM; CLEAN stands for noise-free data (alpha 1, sigma 0).
+`abar` is the table of cumulative alphas [T], so alpha_t = sqrt(abar[t]).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.errors import choose
+
+CLEAN = -1
+
+BETAS = {
+    'scaled_linear': lambda lo, hi, n: np.linspace(lo**0.5, hi**0.5, n, dtype=np.float64) ** 2,
+    'linear': lambda lo, hi, n: np.linspace(lo, hi, n, dtype=np.float64),
+}
+
+
+def schedule(kind='scaled_linear', start=0.00085, end=0.012, steps=1000):
+    """-> abar [steps] float32: the cumulative alphas; the defaults are Stable Diffusion's.
+
+    kind is diffusers' `beta_schedule`; InputError for one that BETAS lacks.
+    """
+    betas = choose('beta_schedule', kind, BETAS)(start, end, steps)
+    return jnp.asarray(np.cumprod(1 - betas), jnp.float32)
+
+
+def alpha_sigma(abar, t, ndim=0):
+    """t [B] or scalar, int -> alpha, sigma [B, 1, ..., 1] of `ndim` axes; CLEAN -> 1, 0."""
+    a = jnp.where(t < 0, 1.0, abar[jnp.maximum(t, 0)])
+    a = expand(a, ndim)
+    return jnp.sqrt(a), jnp.sqrt(1 - a)
+
+
+def expand(x, ndim):
+    """x [B] or scalar -> [B, 1, ..., 1] of `ndim` axes, to multiply an array of that rank."""
+    return jnp.reshape(x, (*jnp.shape(x), *(1,) * max(0, ndim - jnp.ndim(x))))
+
+
+class Pred(NamedTuple):
+    """A network's answer in both forms; z = alpha x + sigma eps holds between them."""
+
+    x: jax.Array  # the data
+    eps: jax.Array  # the noise
+
+
+KINDS = {
+    'epsilon': lambda out, z, alpha, sigma: Pred((z - sigma * out) / alpha, out),
+    'sample': lambda out, z, alpha, sigma: Pred(out, (z - alpha * out) / sigma),
+    # v = alpha eps - sigma x (arXiv 2202.00512, appendix D)
+    'v_prediction': lambda out, z, alpha, sigma: Pred(alpha * z - sigma * out, alpha * out + sigma * z),
+}
+
+
+def predict(kind, out, z, alpha, sigma):
+    """What the network said of z [B,h,w,C] -> Pred(x, eps). kind is diffusers' `prediction_type`.
+
+    alpha, sigma broadcast against z. Raises InputError for an unknown kind.
+    """
+    return choose('prediction_type', kind, KINDS)(out, z, alpha, sigma)
+
+
+def boundary(t, scaling=10.0, sigma_data=0.5):
+    """t [...] -> c_skip, c_out [...] of the consistency function; 1, 0 at t = 0, so that f(z, 0) = z.
+
+    Latent consistency models (arXiv 2310.04378), with the time scaling of diffusers' `LCMScheduler`.
+    """
+    t = scaling * t
+    total = t**2 + sigma_data**2
+    return sigma_data**2 / total, t / jnp.sqrt(total)
+
+
+def denoiser(net, kind, abar):
+    """net(z, t) -> output  =>  model(z, t) -> Pred in float32; t is a scalar or [B], the net gets [B]."""
+
+    def model(z, t):
+        t = jnp.broadcast_to(t, z.shape[:1])
+        alpha, sigma = alpha_sigma(abar, t, z.ndim)
+        return predict(kind, net(z, t).astype(jnp.float32), z, alpha, sigma)
+
+    return model
+
+
+def guided(model, scale):
+    """Classifier-free guidance (arXiv 2207.12598), diffusers' convention: null + scale (cond - null).
+
+    `model` runs on [2B], the condition first and the null condition second; the result on [B].
+    scale is a scalar or broadcasts against [B,h,w,C]; 1 is the condition alone. In the LCM papers'
+    convention, scale = 1 + w. Mixing x and eps alike keeps z = alpha x + sigma eps.
+    """
+
+    def wrapped(z, t):
+        t = jnp.broadcast_to(t, z.shape[:1])
+        both = model(jnp.concatenate([z, z]), jnp.concatenate([t, t]))
+
+        def mix(y):
+            cond, null = jnp.split(y, 2)
+            return null + scale * (cond - null)
+
+        return jax.tree.map(mix, both)
+
+    return wrapped

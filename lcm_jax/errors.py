@@ -1,0 +1,20 @@
+"""Errors for people: one line that names the thing, its value and what would be accepted."""
+
+import difflib
+
+
+class InputError(ValueError):
+    """Bad input from outside (a file, a key, an argument); the CLI prints it without a traceback."""
+
+
+def choose(kind, name, table):
+    """`table[name]`, or an InputError that lists what there is and the nearest match."""
+    if name in table:
+        return table[name]
+    raise InputError(f'unknown {kind} {name!r}{nearest(name, table)}; one of: {", ".join(table)}')
+
+
+def nearest(name, names):
+    """' (did you mean ...?)' for the closest of `names`, or ''."""
+    close = difflib.get_close_matches(str(name), list(names), 1)
+    return f' (did you mean {close[0]!r}?)' if close else ''

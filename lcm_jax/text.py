@@ -1,0 +1,37 @@
+"""Prompts -> token ids, with transformers' tokenizers."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lcm_jax.errors import InputError
+
+FILES = (('tokenizer.json',), ('vocab.json', 'merges.txt'))  # transformers 5 writes the first
+
+
+class Tokenizer:
+    """A CLIP tokenizer folder; `length` is the number of ids a prompt is padded to."""
+
+    def __init__(self, folder):
+        from transformers import CLIPTokenizer  # seconds to import: only where a prompt is read
+
+        folder = Path(folder)
+        if not any(all((folder / file).is_file() for file in files) for files in FILES):
+            raise InputError(f'{folder} is not a CLIP tokenizer folder; it needs '
+                             f'{" or ".join(" and ".join(files) for files in FILES)}')
+        try:
+            self.tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+        except Exception as e:  # the tokenizers library raises bare Exception for a bad file
+            raise InputError(f'cannot read the tokenizer in {folder}: {e}') from e
+        self.length = min(self.tokenizer.model_max_length, 77)
+
+    def __call__(self, prompts):
+        """[B] str -> ids [B,length] int32. Raises InputError for a prompt that is too long."""
+        out = []
+        for prompt, ids in zip(prompts, self.tokenizer(list(prompts), verbose=False).input_ids,
+                               strict=True):
+            if len(ids) > self.length:
+                raise InputError(f'prompt of {len(ids)} tokens (start and end included); this model '
+                                 f'takes at most {self.length}: {prompt!r}')
+            out.append(ids + [self.tokenizer.pad_token_id] * (self.length - len(ids)))
+        return np.asarray(out, np.int32)

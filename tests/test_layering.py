@@ -1,0 +1,74 @@
+"""Imports inside the package run strictly downward, and torch and tensorflow stay outside it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lcm_jax
+
+ROOT = Path(lcm_jax.__file__).parent
+
+# Each line may import only from the lines above it. `lcm_jax` is the package's own __init__.
+LAYERS = [line.split() for line in '''
+    errors
+    tree diffusion data text metrics grid models.attention
+    weights lora samplers sharding models.layers
+    models.clip models.unet models.vae
+    models.configs models.shapes models.zoo lora_io distill loop
+    pipeline
+    lcm_jax train convert
+    evaluate
+    demo
+    cli
+'''.strip().splitlines()]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+NEVER = {'torch', 'torchvision', 'tensorflow', 'diffusers', 'peft', 'accelerate'}
+
+
+def module_name(file):
+    parts = file.relative_to(ROOT).with_suffix('').parts
+    return '.'.join(p for p in parts if p != '__init__') or 'lcm_jax'
+
+
+FILES = {module_name(file): file for file in sorted(ROOT.rglob('*.py'))}
+
+
+def imported(file):
+    """Absolute dotted names of what a file imports, inside functions too; `from a import b` -> a.b."""
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f'{file}:{node.lineno} imports relatively; write the package name'
+            yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def own(name):
+    """'lcm_jax.models.unet.UNet' -> 'models.unet': the longest module that the name lies in."""
+    parts = name.split('.')[1:]
+    while parts and '.'.join(parts) not in FILES:
+        parts.pop()
+    return '.'.join(parts) or 'lcm_jax'
+
+
+@pytest.mark.parametrize('module', [m for m in FILES if m != 'models'])
+def test_imports_run_downward(module):
+    assert module in RANK, f'{module} is new: give it a line in LAYERS'
+    for name in imported(FILES[module]):
+        package = name.split('.')[0]
+        assert package not in NEVER, f'{module} imports {name}'
+        assert package != 'configs', f'{module} imports configs'
+        if package == 'lcm_jax':
+            target = own(name)
+            assert RANK[target] < RANK[module], f'{module} imports {target}, which is not below it'
+
+
+def test_models_package_is_empty():
+    assert not FILES['models'].read_text().strip()
+
+
+def test_configs_import_nothing_of_ours():
+    for file in sorted((ROOT.parent / 'configs').glob('*.py')):
+        assert not any(name.split('.')[0] == 'lcm_jax' for name in imported(file)), file

@@ -1,0 +1,151 @@
+"""Train the emoji teacher: an epsilon-predicting UNet on the Noto and Twemoji pictures.
+
+    python tools/emoji/train_teacher.py --workdir runs/teacher
+
+Needs `text_encoder` and `vae` (train_clip.py, train_vae.py) in the pipeline folder and completes
+it. Resumes from its workdir. 10 % of the captions are dropped for classifier-free guidance.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from captions import variant
+from PIL import Image
+
+from lcm_jax import data, loop, weights
+from lcm_jax.diffusion import alpha_sigma, schedule
+from lcm_jax.models.clip import TextEncoder
+from lcm_jax.models.configs import unet_config
+from lcm_jax.models.unet import UNet, UNetSpec
+from lcm_jax.models.vae import VAE
+from lcm_jax.pipeline import Pipeline, read_component
+from lcm_jax.text import Tokenizer
+from lcm_jax.tree import cast, count
+
+STYLES = ('noto', 'twemoji')
+VARIANTS = 6  # ways of saying each caption
+SCHEDULER = {
+    '_class_name': 'DDIMScheduler', 'beta_schedule': 'scaled_linear', 'beta_start': 0.00085,
+    'beta_end': 0.012, 'num_train_timesteps': 1000, 'prediction_type': 'epsilon',
+    'set_alpha_to_one': False, 'steps_offset': 1, 'clip_sample': False, 'timestep_spacing': 'leading',
+}
+INDEX = {
+    '_class_name': 'StableDiffusionPipeline',
+    'unet': ['diffusers', 'UNet2DConditionModel'], 'vae': ['diffusers', 'AutoencoderKL'],
+    'text_encoder': ['transformers', 'CLIPTextModel'], 'tokenizer': ['transformers', 'CLIPTokenizer'],
+    'scheduler': ['diffusers', 'DDIMScheduler'],
+    'image_encoder': ['transformers', 'CLIPVisionModelWithProjection'],
+    'feature_extractor': ['transformers', 'CLIPImageProcessor'],
+    'safety_checker': [None, None], 'requires_safety_checker': False,
+}
+PROCESSOR = {
+    'image_processor_type': 'CLIPImageProcessor', 'size': {'shortest_edge': 64},
+    'crop_size': {'height': 64, 'width': 64}, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3,
+    'do_resize': True, 'do_center_crop': True, 'do_rescale': True, 'rescale_factor': 1 / 255,
+    'do_normalize': True, 'do_convert_rgb': True, 'resample': 3,
+}
+PROMPTS = ('red heart, noto emoji', 'grinning cat, twemoji', 'sun, noto emoji', 'green apple, twemoji',
+           'airplane, noto emoji', 'robot, twemoji', 'blue heart, twemoji', 'a fish, noto emoji')
+
+
+def spec_for(context_dim, latent_channels):
+    return UNetSpec(widths=(128, 128), down=((1,), (1,)), mid=1, up=((1, 1), (1, 1)), heads=(4, 4),
+                    context_dim=context_dim, linear_proj=True, in_channels=latent_channels,
+                    out_channels=latent_channels, groups=16)
+
+
+def loss(params, ema, frozen, batch, key, *, spec, scaling, drop=0.1):
+    """Mean squared error of the noise, with uniform times."""
+    mean, std, texts, null = frozen
+    samples, variants = batch
+    keys = jax.random.split(key, 4)
+    z = mean[samples].astype(jnp.float32)
+    z = scaling * (z + std[samples] * jax.random.normal(keys[0], z.shape))
+    context = texts[samples, variants].astype(jnp.float32)
+    context = jnp.where(jax.random.bernoulli(keys[1], drop, (len(z), 1, 1)), null, context)
+    t = jax.random.randint(keys[2], (len(z),), 0, 1000)
+    eps = jax.random.normal(keys[3], z.shape)
+    alpha, sigma = alpha_sigma(schedule(), t, z.ndim)
+    out = UNet(spec).apply({'params': params}, alpha * z + sigma * eps, t, context)
+    return jnp.mean((out - eps) ** 2), {}
+
+
+def mapped(fn, x, batch=64):
+    """fn over rows of x in batches of one shape, in float16 on the host."""
+    padded = np.concatenate([x, x[:-len(x) % batch]])
+    parts = [jax.tree.map(lambda y: np.asarray(y, np.float16), fn(b))
+             for b in np.split(padded, len(padded) // batch)]
+    return jax.tree.map(lambda *ys: np.concatenate(ys)[:len(x)], *parts)
+
+
+def encoded(folder):
+    """The training set through VAE and text encoder -> mean, std, texts [N,VARIANTS,L,D], null [L,D]."""
+    vae, vae_params = read_component(folder, 'vae')
+    text, text_params = read_component(folder, 'text_encoder')
+    tokenizer, samples = Tokenizer(folder / 'tokenizer'), data.emoji('train', STYLES)
+    encode = jax.jit(lambda x: VAE(vae).apply({'params': vae_params}, x, method='encode'))
+    read = jax.jit(lambda ids: TextEncoder(text).apply({'params': text_params}, ids).hidden)
+    mean, logvar = mapped(encode, data.to_float(np.stack([s.picture for s in samples])))
+    rng = np.random.default_rng(0)
+    texts = np.stack([mapped(read, tokenizer([s.caption if not v else variant(s.caption, rng)
+                                              for s in samples])) for v in range(VARIANTS)], 1)
+    frozen = mean, np.exp(0.5 * logvar.astype(np.float32)).astype(np.float16), texts, mapped(read, tokenizer(['']))[0]
+    return vae, text, jax.tree.map(jnp.asarray, frozen)
+
+
+def write_folder(folder, spec, params):
+    """The UNet and what makes the folder a pipeline."""
+    weights.write_tensors(folder / 'unet' / 'diffusion_pytorch_model.safetensors',
+                          weights.dump(cast(params, jnp.float16)))
+    for name, value in (('unet/config.json', unet_config(spec, 8)), ('model_index.json', INDEX),
+                        ('scheduler/scheduler_config.json', SCHEDULER),
+                        ('feature_extractor/preprocessor_config.json', PROCESSOR)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(value, indent=2) + '\n')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--workdir', required=True)
+    parser.add_argument('--out', default='lcm_jax/emoji/pipeline')
+    parser.add_argument('--steps', type=int, default=9000)
+    parser.add_argument('--batch', type=int, default=64)
+    parser.add_argument('--lr', type=float, default=1e-3)
+    args = parser.parse_args()
+    folder = Path(args.out)
+
+    vae, text, frozen = encoded(folder)
+    n = len(frozen[0])
+    spec = spec_for(text.width, vae.latent_channels)
+    indices = data.shuffled(n, args.batch, 0)
+
+    def batch_at(i):
+        return indices(i), np.random.default_rng((1, i)).integers(0, VARIANTS, args.batch)
+
+    z = jnp.zeros((1, 8, 8, vae.latent_channels))
+    params = jax.jit(UNet(spec).init)(jax.random.key(0), z, jnp.zeros(1, int), frozen[3][None])['params']
+    params = cast(params, jnp.float32)
+    print(f'{n} pictures, {count(params):,} parameters')
+    rate = optax.warmup_cosine_decay_schedule(0, args.lr, 200, args.steps, args.lr / 100)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01))
+
+    def show(i, state, writer):
+        write_folder(folder, spec, state.ema)
+        pictures = Pipeline.load(folder)(list(PROMPTS), steps=25, guidance=3.0)
+        strip = np.concatenate([np.asarray(p) for p in pictures], 1)
+        writer.add_image('guidance_3', strip, i, dataformats='HWC')
+        Image.fromarray(strip).save(Path(args.workdir) / f'{i:06d}.png')
+
+    loop.fit(loop.make_step(partial(loss, spec=spec, scaling=vae.scaling_factor), tx, 0.999),
+             loop.init(params, tx), frozen, batch_at, jax.random.key(1), steps=args.steps,
+             workdir=args.workdir, save_every=1000, log_every=50, on_save=show, label='teacher')
+
+
+if __name__ == '__main__':
+    main()

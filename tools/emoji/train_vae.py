@@ -1,0 +1,120 @@
+"""Train the emoji autoencoder on all three styles and write it as diffusers' `vae` folder.
+
+    python tools/emoji/train_vae.py --workdir runs/vae
+
+Resumes from its workdir. Prints the held-out reconstruction PSNR at each checkpoint.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lcm_jax import data, loop, weights
+from lcm_jax.models.configs import vae_config
+from lcm_jax.models.vae import VAE, VAESpec
+from lcm_jax.tree import cast
+
+SPEC = VAESpec(
+    widths=(16, 32, 64, 128), resnets=1, latent_channels=16, groups=8, scaling_factor=1.0
+)
+
+
+def augment(x, rng, pad=4):
+    """Random flip and shift (white border) of pictures [B,H,W,3] uint8."""
+    size = x.shape[1]
+    wide = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), constant_values=255)
+    i, j = rng.integers(0, 2 * pad + 1, (2, len(x)))
+    out = np.stack([p[a : a + size, b : b + size] for p, a, b in zip(wide, i, j, strict=True)])
+    flip = rng.random(len(x)) < 0.5
+    out[flip] = out[flip, :, ::-1]
+    return out
+
+
+def loss(params, ema, frozen, x, key, kl_weight=1e-4):
+    """L1 + L2 reconstruction and the posterior's KL to the unit Gaussian, mean per element."""
+    vae = VAE(SPEC)
+    mean, logvar = vae.apply({'params': params}, x, method='encode')
+    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    error = vae.apply({'params': params}, z, method='decode') - x
+    l2, kl = jnp.mean(error**2), 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+    return jnp.mean(jnp.abs(error)) + l2 + kl_weight * kl, {'mse': l2, 'kl': kl}
+
+
+@jax.jit
+def reconstruct(params, x):
+    return jnp.clip(VAE(SPEC).apply({'params': params}, x), -1, 1)
+
+
+def batched(fn, params, x, batch=32):
+    """fn over pictures in batches of one shape -> numpy."""
+    padded = np.concatenate([x, x[: -len(x) % batch]])
+    return np.concatenate(
+        [np.asarray(fn(params, b)) for b in np.split(padded, len(padded) // batch)]
+    )[: len(x)]
+
+
+def psnr(params, x):
+    """Mean PSNR over pictures, dB."""
+    mse = np.mean((batched(reconstruct, params, x) - x) ** 2, (1, 2, 3))
+    return float(np.mean(10 * np.log10(4 / mse)))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--workdir', required=True)
+    parser.add_argument('--out', default='lcm_jax/emoji/pipeline/vae')
+    parser.add_argument('--steps', type=int, default=4000)
+    parser.add_argument('--batch', type=int, default=16)
+    parser.add_argument('--lr', type=float, default=1.5e-3)
+    args = parser.parse_args()
+
+    pictures = np.stack([s.picture for s in data.emoji('train')])
+    heldout = data.to_float(np.stack([s.picture for s in data.emoji('heldout')]))
+    indices = data.shuffled(len(pictures), args.batch, 0)
+
+    def batch_at(i):
+        return data.to_float(augment(pictures[indices(i)], np.random.default_rng((1, i))))
+
+    params = jax.jit(VAE(SPEC).init)(jax.random.key(0), batch_at(0))['params']
+    rate = optax.warmup_cosine_decay_schedule(0, args.lr, 100, args.steps, args.lr / 50)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-3))
+
+    def report(i, state, writer):
+        value = psnr(state.ema, heldout)
+        writer.add_scalar('heldout_psnr', value, i)
+        print(f'\nstep {i}: held-out PSNR {value:.2f} dB', flush=True)
+
+    state = loop.fit(
+        loop.make_step(loss, tx, 0.998),
+        loop.init(params, tx),
+        None,
+        batch_at,
+        jax.random.key(1),
+        steps=args.steps,
+        workdir=args.workdir,
+        save_every=500,
+        on_save=report,
+        label='vae',
+    )
+
+    encode = jax.jit(lambda p, x: VAE(SPEC).apply({'params': p}, x, method='encode')[0])
+    std = float(np.std(batched(encode, state.ema, data.to_float(pictures[::4]))))
+    spec = dataclasses.replace(SPEC, scaling_factor=round(1 / std, 5))
+    out = Path(args.out)
+    weights.write_tensors(
+        out / 'diffusion_pytorch_model.safetensors', weights.dump(cast(state.ema, jnp.float16))
+    )
+    (out / 'config.json').write_text(json.dumps(vae_config(spec, 64), indent=2) + '\n')
+    print(f'wrote {out}; latent std {std:.4f}')
+
+
+if __name__ == '__main__':
+    main()
