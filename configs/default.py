@@ -41,4 +41,4 @@ def get_config():
 
     c.export = ml_collections.ConfigDict()
     c.export.weights = 'params'  # params or ema
-    return c
+    return c.lock()  # so that a config which overrides keys cannot misspell one

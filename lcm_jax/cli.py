@@ -8,6 +8,15 @@ from pathlib import Path
 
 from lcm_jax.errors import InputError
 
+EPILOG = """examples:
+  lcm-jax demo --out demo-out
+  lcm-jax sample "a red heart, noto emoji" --lora lcm --count 4 --out hearts.png
+  lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji --set train.steps=200
+  lcm-jax lora inspect demo-out/lcm_lora.safetensors
+
+lcm-jax VERB --help says what a verb takes."""
+PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
+
 
 def demo(args):
     from lcm_jax.demo import demo
@@ -16,31 +25,32 @@ def demo(args):
 
 
 def train(args):
-    import subprocess
+    from lcm_jax.train import parse, run
 
-    command = [sys.executable, '-m', 'lcm_jax.train', f'--config={args.config}', f'--workdir={args.workdir}',
-               *(f'--config.{setting}' for setting in args.set)]
-    sys.exit(subprocess.call(command))
+    run(*parse([f'--config={args.config}', f'--workdir={args.workdir}',
+                *(f'--config.{setting}' for setting in args.set)]))
 
 
 def sample(args):
     from lcm_jax.grid import strip
     from lcm_jax.pipeline import Pipeline
 
+    if args.out.suffix.lower() not in PICTURES:
+        raise InputError(f'--out {args.out}: the name must end in one of {", ".join(PICTURES)}')
+    if len(args.scale) > len(args.lora):
+        raise InputError(f'{len(args.scale)} --scale for {len(args.lora)} --lora; one each at most')
     pipe = Pipeline.load(args.model)
-    for i, file in enumerate(args.lora):
-        pipe.add_lora(file, scale=args.scale[i] if i < len(args.scale) else 1.0)
+    scales = args.scale + [1.0] * (len(args.lora) - len(args.scale))
+    for file, scale in zip(args.lora, scales, strict=True):
+        pipe.add_lora(file, scale=scale)
     pictures = pipe(args.prompt, steps=args.steps, sampler=args.sampler, guidance=args.guidance,
-                    negative=args.negative, seed=args.seed, count=args.count)
+                    negative=args.negative, seed=args.seed, count=args.count, size=args.size)
     save(strip(pictures) if len(pictures) > 1 else pictures[0], args.out)
     print(f'wrote {args.out}')
 
 
 def save(picture, file):
     """Write a picture; it appears whole or not at all."""
-    file = Path(file)
-    if file.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
-        raise InputError(f'--out {file}: the name must end in .png, .jpg, .jpeg or .webp')
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f'.part-{file.name}')
     picture.save(part)
@@ -66,7 +76,10 @@ def lora_convert(args):
 
 
 def parser():
-    main = argparse.ArgumentParser(prog='lcm-jax', description='Few-step Stable Diffusion with LCM-LoRA.')
+    """The command line; every verb sets `run`, the function that does it."""
+    main = argparse.ArgumentParser(
+        prog='lcm-jax', description='Few-step Stable Diffusion with LCM-LoRA.', epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = main.add_subparsers(required=True, metavar='VERB')
 
     def verb(run, name, text, group=verbs):
@@ -74,50 +87,55 @@ def parser():
         added.set_defaults(run=run)
         return added
 
-    p = verb(demo, 'demo', 'Distil an LCM-LoRA from the shipped teacher, draw and measure.')
+    p = verb(demo, 'demo', 'distil an LCM-LoRA from the shipped teacher, draw and measure')
     p.add_argument('--out', default='demo-out', help='folder for pictures, report and LoRA')
     p.add_argument('--steps', type=positive, default=400, help='steps of distillation')
 
-    p = verb(train, 'train', 'Distil from a config file (the same as python -m lcm_jax.train).')
+    p = verb(train, 'train', 'distil from a config file (as python -m lcm_jax.train does)')
     p.add_argument('--config', required=True, help='a file such as configs/emoji_lcm_lora.py')
     p.add_argument('--workdir', required=True, help='folder for checkpoints, logs and the LoRA')
-    p.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='e.g. train.steps=200')
+    p.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
+                   help='keys of configs/default.py, e.g. train.steps=200')
 
-    p = verb(sample, 'sample', 'Draw pictures.')
+    p = verb(sample, 'sample', 'draw pictures')
     p.add_argument('prompt')
-    p.add_argument('--model', default='emoji', help="'emoji' or a diffusers folder")
-    p.add_argument('--lora', action='append', default=[], help="a LoRA file, or 'lcm' (shipped); repeatable")
-    p.add_argument('--scale', action='append', type=float, default=[], help='of each --lora, default 1')
-    p.add_argument('--steps', type=positive, help='default: 4 with an acceleration LoRA, 50 without')
-    p.add_argument('--sampler', help='ddim, dpm, dpm++ or lcm')
-    p.add_argument('--guidance', type=float, help='1: none; default: 1 with an acceleration LoRA, 7.5 without')
-    p.add_argument('--negative', help='negative prompt; acts only above guidance 1')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--count', type=positive, default=1)
-    p.add_argument('--out', default='out.png')
+    p.add_argument('--out', type=Path, default='out.png', help='picture file; default: out.png')
+    p.add_argument('--model', default='emoji', help="'emoji' (the default) or a diffusers folder")
+    p.add_argument('--lora', action='append', default=[], metavar='FILE',
+                   help="a LoRA file, or 'lcm' (shipped); repeatable")
+    p.add_argument('--scale', action='append', type=float, default=[],
+                   help='of each --lora, in order; default: 1')
+    p.add_argument('--steps', type=positive, help='default: 4 with an acceleration LoRA, else 50')
+    p.add_argument('--sampler',
+                   help='ddim, dpm, dpm++ or lcm; default: as the LoRA needs, lcm or ddim')
+    p.add_argument('--guidance', type=float,
+                   help='1 is none; default: 1 with an acceleration LoRA, else 7.5')
+    p.add_argument('--negative', metavar='PROMPT', help='negative prompt; acts above guidance 1')
+    p.add_argument('--seed', type=int, default=0, help='default: 0')
+    p.add_argument('--count', type=positive, default=1, help='pictures of the prompt; default: 1')
+    p.add_argument('--size', type=positive, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='in px')
 
-    p = verb(convert, 'convert', 'Convert a model between a diffusers folder and an orbax checkpoint.')
-    p.add_argument('source', help='a diffusers folder or an orbax checkpoint written by this command')
+    p = verb(convert, 'convert', 'convert a diffusers folder to an orbax checkpoint, or back')
+    p.add_argument('source', help='a diffusers folder, or a checkpoint that this verb wrote')
     p.add_argument('out', help='folder to write; it must not exist')
-    p.add_argument('--dtype', default='keep', help='keep, float32, bfloat16 or float16')
+    p.add_argument('--dtype', default='keep',
+                   help='keep (the default), float32, bfloat16 or float16')
 
-    group = main_group(verbs)
-    p = verb(lora_inspect, 'inspect', 'Say what is in a LoRA file.', group)
+    text = 'look into or convert LoRA files'
+    group = verbs.add_parser('lora', help=text, description=text)
+    group = group.add_subparsers(required=True, metavar='VERB')
+    p = verb(lora_inspect, 'inspect', 'say what is in a LoRA file', group)
     p.add_argument('file')
-    p = verb(lora_convert, 'convert', 'Write a LoRA file in another dialect.', group)
+    p = verb(lora_convert, 'convert', 'write a LoRA file in another dialect', group)
     p.add_argument('file')
-    p.add_argument('out')
-    p.add_argument('--model', default='emoji', help='the base model that the LoRA is for')
-    p.add_argument('--dialect', default='kohya', help='kohya or peft')
+    p.add_argument('out', help='.safetensors file to write')
+    p.add_argument('--model', default='emoji', help='base model of the LoRA; default: emoji')
+    p.add_argument('--dialect', default='kohya', help='kohya (the default) or peft')
     return main
 
 
-def main_group(verbs):
-    added = verbs.add_parser('lora', help='Look into and convert LoRA files.')
-    return added.add_subparsers(required=True, metavar='VERB')
-
-
 def positive(text):
+    """Text -> int of 1 or more, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f'{text}: must be 1 or more')
@@ -127,13 +145,14 @@ def positive(text):
 def main(argv=None):
     """Run one verb; bad input ends with one line on stderr and status 1 (2 for bad arguments)."""
     args = parser().parse_args(argv)
-    warnings.showwarning = lambda message, *rest: print(f'warning: {message}', file=sys.stderr)
-    try:
-        args.run(args)
-    except InputError as e:
-        sys.exit(f'error: {e}')
-    except KeyboardInterrupt:
-        sys.exit('interrupted')
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f'warning: {message}', file=sys.stderr)
+        try:
+            args.run(args)
+        except (InputError, OSError) as e:
+            sys.exit(f'error: {e}')
+        except KeyboardInterrupt:
+            sys.exit('interrupted')
 
 
 if __name__ == '__main__':

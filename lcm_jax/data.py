@@ -2,13 +2,14 @@
 
 import io
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from lcm_jax.errors import InputError
+from lcm_jax.errors import InputError, choose
 
 EMOJI = Path(__file__).parent / 'emoji'
 STYLES = ('noto', 'twemoji', 'fluent')
@@ -26,41 +27,53 @@ class Sample(NamedTuple):
 def webdataset(file):
     """A webdataset / img2dataset tar -> its Samples, in order.
 
-    Members KEY.ext that follow each other with one KEY (up to the first dot) make a sample.
-    Raises InputError naming the file and the member that cannot be read.
+    Members that follow each other with one key (the name up to its first dot) make a sample; an
+    extension that the sample has already starts a new one. Raises InputError naming the file, and
+    the sample that lacks something or cannot be read.
     """
-    def sample(key, parts):
-        picture = next((parts[e] for e in PICTURE_TYPES if e in parts), None)
-        if picture is None or 'txt' not in parts:
-            raise InputError(f'{file}: sample {key!r} has {sorted(parts)}; it needs a txt and '
-                             f'one of {PICTURE_TYPES}')
-        try:
-            picture = np.asarray(Image.open(io.BytesIO(picture)).convert('RGB'))
-        except (UnidentifiedImageError, OSError) as e:
-            raise InputError(f'{file}: the picture of sample {key!r} cannot be read: {e}') from e
-        return Sample(key, picture, parts['txt'].decode().strip())
-
     try:
         with tarfile.open(file) as tar:
-            key, parts = None, {}
-            for member in tar:
-                if not member.isfile():
-                    continue
-                stem, _, ext = Path(member.name).name.partition('.')
-                if stem != key and parts:
-                    yield sample(key, parts)
-                    parts = {}
-                key = stem
-                parts[ext.lower()] = tar.extractfile(member).read()
-            if parts:
-                yield sample(key, parts)
-    except (OSError, tarfile.TarError) as e:
+            for key, parts in _grouped(tar):
+                yield _sample(key, parts, file)
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
         raise InputError(f'cannot read {file} as a tar: {e}') from e
+
+
+def _grouped(tar):
+    """Open tar -> (key, {extension: bytes}) of each sample."""
+    key, parts = None, {}
+    for member in tar:
+        if member.isfile():
+            folder, slash, name = member.name.rpartition('/')
+            stem, _, extension = name.partition('.')
+            extension = extension.lower()
+            if parts and (folder + slash + stem != key or extension in parts):
+                yield key, parts
+                parts = {}
+            key = folder + slash + stem
+            parts[extension] = tar.extractfile(member).read()
+    if parts:
+        yield key, parts
+
+
+def _sample(key, parts, file):
+    picture = next((parts[e] for e in PICTURE_TYPES if e in parts), None)
+    if picture is None or 'txt' not in parts:
+        raise InputError(f'{file}: sample {key!r} has {", ".join(sorted(parts))}; it needs txt and '
+                         f'one of {", ".join(PICTURE_TYPES)}')
+    try:
+        picture = np.asarray(Image.open(io.BytesIO(picture)).convert('RGB'))
+        caption = parts['txt'].decode().strip()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f'{file}: sample {key!r} cannot be read: {e}') from e
+    return Sample(key, picture, caption)
 
 
 def emoji(split, styles=STYLES):
     """The shipped emoji set: split 'train' or 'heldout' -> [Sample], one style after the other."""
-    return [s for style in styles for s in webdataset(EMOJI / 'data' / f'{style}-{split}.tar')]
+    for style in styles:
+        choose('style', style, dict.fromkeys(STYLES))
+    return [s for style in styles for s in webdataset(EMOJI / 'data' / f'{style}-{split}.tar.gz')]
 
 
 def to_float(pictures):
@@ -69,7 +82,7 @@ def to_float(pictures):
 
 
 def shuffled(n, batch, seed):
-    """-> indices(i): the `batch` sample numbers of step i, epoch after epoch in fresh random order."""
+    """-> indices(i): the `batch` sample numbers of step i, each epoch in a fresh random order."""
     per_epoch = n // batch
     if not per_epoch:
         raise InputError(f'batch of {batch} from {n} samples: the batch must not exceed the set')

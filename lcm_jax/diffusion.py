@@ -52,7 +52,9 @@ KINDS = {
     'epsilon': lambda out, z, alpha, sigma: Pred((z - sigma * out) / alpha, out),
     'sample': lambda out, z, alpha, sigma: Pred(out, (z - alpha * out) / sigma),
     # v = alpha eps - sigma x (arXiv 2202.00512, appendix D)
-    'v_prediction': lambda out, z, alpha, sigma: Pred(alpha * z - sigma * out, alpha * out + sigma * z),
+    'v_prediction': lambda out, z, alpha, sigma: Pred(
+        alpha * z - sigma * out, alpha * out + sigma * z
+    ),
 }
 
 
@@ -65,9 +67,9 @@ def predict(kind, out, z, alpha, sigma):
 
 
 def boundary(t, scaling=10.0, sigma_data=0.5):
-    """t [...] -> c_skip, c_out [...] of the consistency function; 1, 0 at t = 0, so that f(z, 0) = z.
+    """t [...] -> c_skip, c_out [...] of the consistency function; 1, 0 at t = 0: f(z, 0) = z.
 
-    Latent consistency models (arXiv 2310.04378), with the time scaling of diffusers' `LCMScheduler`.
+    Latent consistency models (arXiv 2310.04378), time scaled as in diffusers' `LCMScheduler`.
     """
     t = scaling * t
     total = t**2 + sigma_data**2
@@ -75,7 +77,10 @@ def boundary(t, scaling=10.0, sigma_data=0.5):
 
 
 def denoiser(net, kind, abar):
-    """net(z, t) -> output  =>  model(z, t) -> Pred in float32; t is a scalar or [B], the net gets [B]."""
+    """net(z, t) -> output  =>  model(z, t) -> Pred in float32.
+
+    The model takes t as a scalar or [B]; the net gets [B].
+    """
 
     def model(z, t):
         t = jnp.broadcast_to(t, z.shape[:1])
@@ -86,9 +91,9 @@ def denoiser(net, kind, abar):
 
 
 def guided(model, scale):
-    """Classifier-free guidance (arXiv 2207.12598), diffusers' convention: null + scale (cond - null).
+    """Classifier-free guidance (arXiv 2207.12598) as in diffusers: null + scale (cond - null).
 
-    `model` runs on [2B], the condition first and the null condition second; the result on [B].
+    `model` runs on [2B], the condition first and the null condition second; the result is on [B].
     scale is a scalar or broadcasts against [B,h,w,C]; 1 is the condition alone. In the LCM papers'
     convention, scale = 1 + w. Mixing x and eps alike keeps z = alpha x + sigma eps.
     """

@@ -26,9 +26,10 @@ class Draws(NamedTuple):
 
 
 def draw(key, indices, shape, *, steps, total, w_range):
-    """Draws for the samples numbered `indices` [B]: each sample's own, whatever the batch around it.
+    """Draws for the samples numbered `indices` [B]: each one's own, whatever the batch around it.
 
-    `steps` solver times t = k i - 1 with k = total // steps; w uniform in w_range. shape: of one z.
+    t is one of `steps` solver times k i - 1, i = 1..steps, k = total // steps; w is uniform in
+    w_range; shape is that of one z.
     """
     k = total // steps
 
@@ -42,7 +43,10 @@ def draw(key, indices, shape, *, steps, total, w_range):
 
 
 def consistency(net, kind, abar):
-    """net(z, t) -> output  =>  f(z, t) = c_skip z + c_out x(z, t), the consistency function (eq. 9)."""
+    """net(z, t) -> output  =>  the consistency function f(z, t) = c_skip z + c_out x(z, t) (eq. 9).
+
+    z [B,h,w,C], t [B] int -> [B,h,w,C] float32.
+    """
     model = denoiser(net, kind, abar)
 
     def f(z, t):

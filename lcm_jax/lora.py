@@ -5,6 +5,7 @@ convolution lead, as in its kernel. File scales (alpha / r) are baked into `up` 
 """
 
 import functools
+import itertools
 import math
 import re
 
@@ -23,23 +24,30 @@ LCM_TARGETS = (
 
 
 def init(key, params, rank, targets=LCM_TARGETS):
-    """Adapter for every kernel of `params` whose path matches `targets`; up = 0, so it starts neutral.
+    """Adapter for every kernel of `params` whose path matches `targets`, neutral at first (up = 0).
 
-    params may be abstract; targets is a regex of the whole path. `down` is uniform in +-1/sqrt(fan_in),
-    as PEFT draws it (kaiming_uniform with a = sqrt(5)); factors are float32.
+    params may be abstract; targets is a regex of the whole path. `down` is uniform in
+    +-1/sqrt(fan_in), as PEFT draws it (kaiming_uniform with a = sqrt(5)); factors are float32.
     Raises InputError if nothing matches.
     """
-    lora = {}
-    for path, w in named(params):
-        if re.fullmatch(targets, path):
-            key, sub = jax.random.split(key)
-            *spatial, fan_in, fan_out = w.shape
-            bound = math.prod(w.shape[:-1]) ** -0.5
-            down = jax.random.uniform(sub, (*spatial, fan_in, rank), minval=-bound, maxval=bound)
-            lora[path] = {'down': down, 'up': jnp.zeros((*(1,) * len(spatial), rank, fan_out))}
-    if not lora:
+    shapes = {path: w.shape for path, w in named(params) if re.fullmatch(targets, path)}
+    if not shapes:
         raise InputError(f'no parameter matches the LoRA targets {targets!r}')
-    return lora
+    fan_in = [math.prod(shape[:-1]) for shape in shapes.values()]
+
+    @jax.jit  # and one draw for all: drawing module by module compiles a program for each shape
+    def draw(key):
+        flat = jax.random.uniform(key, (rank * sum(fan_in),), minval=-1, maxval=1)
+        parts = jnp.split(flat, [rank * n for n in itertools.accumulate(fan_in)][:-1])
+        return {
+            path: {
+                'down': n**-0.5 * part.reshape(*shape[:-1], rank),
+                'up': jnp.zeros((*(1,) * (len(shape) - 2), rank, shape[-1])),
+            }
+            for (path, shape), n, part in zip(shapes.items(), fan_in, parts, strict=True)
+        }
+
+    return draw(key)
 
 
 def delta(ab):
@@ -48,20 +56,24 @@ def delta(ab):
 
 
 def merge(params, lora, scale=1.0):
-    """Parameters with `scale` times the updates added; same tree as `params`. For sampling and export.
+    """Parameters with `scale` times the updates added; same tree as `params`.
 
-    Raises InputError if the adapter has a path that `params` lacks.
+    For sampling and export. Raises InputError if the adapter has a path that `params` lacks.
     """
     strange = sorted(lora.keys() - {path for path, _ in named(params)})
     if strange:
-        raise InputError(f'{len(strange)} of {len(lora)} adapted modules are not in the model: '
-                         f'{", ".join(strange[:3])}')
+        raise InputError(
+            f'{len(strange)} of {len(lora)} adapted modules are not in the model: '
+            f'{", ".join(strange[:3])}'
+        )
     return map_named(
-        lambda path, w: w + (scale * delta(lora[path])).astype(w.dtype) if path in lora else w, params)
+        lambda path, w: w + (scale * delta(lora[path])).astype(w.dtype) if path in lora else w,
+        params,
+    )
 
 
 def apply(fn, lora, scale=1.0):
-    """`fn` with y += scale * (x down) up after every adapted Dense or Conv: never forms the product.
+    """`fn` with y += scale * (x down) up after every adapted Dense or Conv; forms no down up.
 
     For training: gradients reach only the low-rank factors, and no full-size gradient is built.
     """

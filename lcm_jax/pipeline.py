@@ -14,7 +14,7 @@ from PIL import Image
 from lcm_jax import lora as L
 from lcm_jax import samplers, weights
 from lcm_jax.data import EMOJI
-from lcm_jax.diffusion import denoiser, guided, schedule
+from lcm_jax.diffusion import KINDS, denoiser, guided, schedule
 from lcm_jax.errors import InputError, choose, nearest
 from lcm_jax.lora_io import read_lora
 from lcm_jax.models import configs, shapes
@@ -34,16 +34,22 @@ COMPONENTS = {
     'image_encoder': ('model.safetensors', configs.vision_spec, shapes.vision_shapes),
 }
 # Keys of scheduler_config.json with the only values that `schedule` computes.
-SCHEDULER_ONLY = {'trained_betas': (None,), 'rescale_betas_zero_snr': (False,), 'thresholding': (False,)}
+SCHEDULER_ONLY = {
+    'trained_betas': (None,), 'rescale_betas_zero_snr': (False,), 'thresholding': (False,)}
 
 
 def model_folder(name):
     """A shipped model's name or a diffusers folder -> the folder. InputError if it is neither."""
     folder = Path(MODELS.get(str(name), name))
     if not (folder / 'model_index.json').is_file():
-        raise InputError(f'{str(name)!r} is neither a shipped model ({", ".join(MODELS)}){nearest(name, MODELS)} '
-                         'nor a diffusers folder: it has no model_index.json')
+        raise InputError(f'{str(name)!r} is neither a shipped model ({", ".join(MODELS)})'
+                         f'{nearest(name, MODELS)} nor a diffusers folder: no model_index.json')
     return folder
+
+
+def read_config(file, only):
+    """A .json file whose keys may have just the values of `only` -> configs.Config."""
+    return configs.Config(weights.read_json(file), only, file)
 
 
 def component_shapes(folder, name, dtype=jnp.float32):
@@ -97,15 +103,13 @@ class Pipeline:
     def load(cls, name, dtype=jnp.float32):
         """'emoji' (shipped) or a diffusers folder -> Pipeline with parameters in `dtype`."""
         folder = model_folder(name)
-        kind = weights.read_json(folder / 'model_index.json').get('_class_name')
-        if kind != 'StableDiffusionPipeline':
-            raise InputError(f'{folder}/model_index.json: _class_name {kind!r} is not supported; '
-                             'accepted: StableDiffusionPipeline')
+        read_config(folder / 'model_index.json', {'_class_name': ('StableDiffusionPipeline',)})
+        noise = read_config(folder / 'scheduler' / 'scheduler_config.json', SCHEDULER_ONLY)
+        kind = noise.get('prediction_type', 'epsilon')
+        choose('prediction_type', kind, KINDS)
         specs, params = {}, {}
         for part in ('unet', 'vae', 'text_encoder'):
             specs[part], params[part] = read_component(folder, part, dtype)
-        source = folder / 'scheduler' / 'scheduler_config.json'
-        noise = configs.Config(weights.read_json(source), SCHEDULER_ONLY, source)
         grid = weights.read_json(folder / 'unet' / 'config.json').get('sample_size') or 64
         height, width = grid if isinstance(grid, list) else (grid, grid)
         return cls(
@@ -113,11 +117,11 @@ class Pipeline:
             Tokenizer(folder / 'tokenizer'),
             schedule(noise['beta_schedule'], noise['beta_start'], noise['beta_end'],
                      noise['num_train_timesteps']),
-            noise.get('prediction_type', 'epsilon'),
+            kind,
             (height * specs['vae'].factor, width * specs['vae'].factor), params['unet'])
 
     def net(self, params, z, t, context):
-        """The UNet as a function of its parameters: z [B,h,w,C], t [B], context [B,L,D] -> output."""
+        """The UNet with these parameters: z [B,h,w,C], t [B], context [B,L,D] -> [B,h,w,C]."""
         return UNet(self.unet).apply({'params': params}, z.astype(context.dtype), t, context)
 
     def encode_text(self, prompts):
@@ -135,12 +139,13 @@ class Pipeline:
     def add_lora(self, file, name=None, scale=1.0):
         """Add a LoRA file ('lcm': the shipped one) under `name`, default its stem, at `scale`.
 
-        It counts as an acceleration LoRA, which changes the defaults of drawing, if its metadata says
-        so or `name` contains 'lcm'. Raises InputError unless the whole of it fits the model.
+        It counts as an acceleration LoRA, which changes the defaults of drawing, if its metadata
+        says so or `name` contains 'lcm'. Raises InputError unless the whole of it fits the model.
         """
         name = name or Path(file).stem
         if name in self.adapters:
-            raise InputError(f'a LoRA named {name!r} is loaded already; loaded: {", ".join(self.adapters)}')
+            raise InputError(f'a LoRA named {name!r} is loaded already; give it another name than '
+                             f'{", ".join(self.adapters)}')
         path = Path(LORAS.get(str(file), file))
         if not path.is_file():
             raise InputError(f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
@@ -148,57 +153,58 @@ class Pipeline:
         lora, metadata = read_lora(path, self.params['unet'])
         accelerates = metadata.get('lcm_jax.accelerates') == 'true' or 'lcm' in name.lower()
         self.adapters[name] = Adapter(jax.tree.map(jnp.asarray, lora), scale, accelerates)
-        self._merge()
+        self._remerge()
 
     def set_scale(self, name, scale):
         """Change the scale of a loaded LoRA; nothing is compiled anew."""
         self.adapters[name] = choose('LoRA', name, self.adapters)._replace(scale=scale)
-        self._merge()
+        self._remerge()
 
     def remove_lora(self, name):
         """Take a loaded LoRA away."""
         choose('LoRA', name, self.adapters)
         del self.adapters[name]
-        self._merge()
+        self._remerge()
 
     def with_lora(self, lora):
         """A Pipeline that shares these weights and draws with this acceleration LoRA alone."""
         other = dataclasses.replace(self, adapters={'live': Adapter(lora, 1.0, True)})
-        other._merge()
+        other._remerge()
         return other
 
-    def _merge(self):
+    def _remerge(self):
         self.merged = self.params['unet']
         for lora, scale, _ in self.adapters.values():
             self.merged = _merge(self.merged, lora, float(scale))
 
-    def __call__(self, prompt, *, steps=None, sampler=None, guidance=None, negative=None, seed=0, count=1,
-                 size=None, latents=None, timesteps=None):
+    def __call__(self, prompt, *, steps=None, sampler=None, guidance=None, negative=None, seed=0,
+                 count=1, size=None, latents=None, timesteps=None):
         """Draw `count` pictures of each prompt -> list of PIL images, prompt by prompt.
 
         prompt: str or list of str; negative: str, used only when guidance > 1.
         sampler: 'ddim', 'dpm', 'dpm++' or 'lcm'; steps: how many network steps; timesteps: falling
-        list of ints that replaces the sampler's own. guidance has diffusers' meaning (1: none). By
-        default, 'lcm' with 4 steps and guidance 1 when an acceleration LoRA is loaded, 'ddim' with 50
-        steps and guidance 7.5 otherwise.
+        list of ints that replaces the sampler's own. guidance has diffusers' meaning (1: none).
+        The default is 'lcm' with 4 steps and guidance 1 when an acceleration LoRA is loaded, 'ddim'
+        with 50 steps and guidance 7.5 otherwise.
         size: (height, width) px. latents: start noise [N,h,w,C] float32 in place of the seed's.
-        Picture i of the list depends on the seed, i and its prompt, not on how many others are drawn.
-        Raises InputError for what is out of range.
+        Picture i of the list depends on the seed, i and its prompt, not on how many others are
+        drawn. Raises InputError for what is out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or count < 1:
-            raise InputError(f'nothing to draw: {len(prompts)} prompts, count = {count}; 1 or more of both')
+            raise InputError(f'nothing to draw: {len(prompts)} prompts, count = {count}; '
+                             'both must be 1 or more')
         if not 0 <= seed < 2**32:
             raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
         fast = any(a.accelerates and a.scale for a in self.adapters.values())
         sampler = sampler or ('lcm' if fast else 'ddim')
         guidance = float((1 if fast else 7.5) if guidance is None else guidance)
         if fast and guidance > 2:
-            warnings.warn(f'guidance {guidance:g} with an acceleration LoRA burns pictures; use 1 to 2',
-                          stacklevel=2)
+            warnings.warn(f'guidance {guidance:g} with an acceleration LoRA burns pictures; '
+                          'use 1 to 2', stacklevel=2)
         if negative and guidance <= 1:
-            warnings.warn(f'the negative prompt has no effect at guidance {guidance:g}; it acts above 1',
-                          stacklevel=2)
+            warnings.warn(f'the negative prompt has no effect at guidance {guidance:g}; '
+                          'it acts above 1', stacklevel=2)
         if timesteps is None:
             steps = (4 if sampler == 'lcm' else 50) if steps is None else steps
             times = samplers.times(sampler, steps, len(self.abar))
@@ -207,7 +213,7 @@ class Pipeline:
         shape = (len(prompts) * count, *self.latent_shape(size))
         keys = _keys(np.uint32(seed), shape[0])
         if latents is None:
-            latents = samplers.fresh(keys)(len(self.abar), shape)
+            latents = samplers.fresh(keys)(len(self.abar), shape)  # a number that no step has
         elif np.shape(latents) != shape:
             raise InputError(f'latents of shape {np.shape(latents)}; these pictures need {shape}')
         context = jnp.repeat(self.encode_text(prompts), count, 0)
@@ -219,12 +225,13 @@ class Pipeline:
         return [Image.fromarray(p) for p in np.asarray(pictures)]
 
     def draw(self, unet_params, latents, context, times, keys, guidance, *, sampler):
-        """latents [B,h,w,C], context [B,L,D] or, for guidance, [2B,L,D] -> pictures [B,H,W,3] uint8.
+        """latents [B,h,w,C], context [B,L,D] (guided: [2B,L,D]) -> pictures [B,H,W,3] uint8.
 
         One program per sampler, shapes and number of steps; everything else is traced.
         """
-        return _draw(self.unet, self.vae, self.prediction_type, sampler, unet_params, self.params['vae'],
-                     self.abar, latents, context, jnp.asarray(times), keys, guidance)
+        return _draw(self.unet, self.vae, self.prediction_type, sampler, unet_params,
+                     self.params['vae'], self.abar, latents, context, jnp.asarray(times), keys,
+                     guidance)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -243,7 +250,8 @@ def _keys(seed, n):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw(unet, vae, kind, sampler, unet_params, vae_params, abar, latents, context, times, keys, guidance):
+def _draw(unet, vae, kind, sampler, unet_params, vae_params, abar, latents, context, times, keys,
+          guidance):
     def net(z, t):
         return UNet(unet).apply({'params': unet_params}, z.astype(context.dtype), t, context)
 

@@ -4,7 +4,7 @@ The model is a function (z, t) -> Pred; guidance is a combinator on it. Times fa
 the last target time is CLEAN (noise-free) or 0, as each method's reference (diffusers) has it.
 
 Every solver here steps from one listed time to the next. diffusers' `DDIMScheduler` steps from t to
-t - T // n whatever its list says; the two agree for `leading`, and for `trailing` where n divides T.
+t - T // n whatever its list says; the two agree for `leading`, and for `trailing` if n divides T.
 """
 
 import itertools
@@ -55,9 +55,9 @@ def lcm(scaling=10.0):
 def _second_order(kind, first_order_end):
     """Multistep second-order solver: DDIM's step on an extrapolated prediction.
 
-    kind names what the method integrates, 'epsilon' or 'sample'. The state is the previous prediction
-    and its half log-SNR (inf: none yet, which makes the correction 0). A step to CLEAN is first-order,
-    and one to time 0 if `first_order_end`.
+    kind names what the method integrates, 'epsilon' or 'sample'. The state is the previous
+    prediction and its half log-SNR (inf: none yet, which makes the correction 0). A step to CLEAN
+    is first-order, and one to time 0 if `first_order_end`.
     """
 
     def step(state, z, pred, t, s, abar, noise):
@@ -108,8 +108,10 @@ def lcm_spacing(n, total=1000, original=DISTILLED_STEPS, strength=1.0):
     """
     times = np.arange(1, int(original * strength) + 1) * (total // original) - 1
     if n > len(times):
-        raise InputError(f'{n} LCM steps; at most {len(times)} at strength {strength} '
-                         f'(distilled on {original} times)')
+        raise InputError(
+            f'{n} LCM steps; at most {len(times)} at strength {strength} '
+            f'(distilled on {original} times)'
+        )
     return times[::-1][np.floor(np.linspace(0, len(times), n, endpoint=False)).astype(int)]
 
 
@@ -154,7 +156,7 @@ def times(sampler, n, total=1000, spacing=None):
 def custom_times(sampler, timesteps, total=1000, n=None):
     """The user's own falling timesteps -> [N+1] int32 times with the sampler's end.
 
-    Raises InputError unless they fall strictly within 0..total-1 and number `n`, where that is given.
+    Raises InputError unless they fall strictly within 0..total-1 and number `n`, if that is given.
     """
     row = choose('sampler', sampler, SAMPLERS)
     try:
@@ -162,9 +164,13 @@ def custom_times(sampler, timesteps, total=1000, n=None):
     except TypeError:
         points = []
     if not points or any(t <= s for t, s in itertools.pairwise([total, *points, -1])):
-        raise InputError(f'timesteps {timesteps!r}: give falling whole numbers from {total - 1} to 0')
+        raise InputError(
+            f'timesteps {timesteps!r}: give falling whole numbers from {total - 1} to 0'
+        )
     if n is not None and n != len(points):
-        raise InputError(f'steps = {n} but {len(points)} timesteps are given; leave one of them out')
+        raise InputError(
+            f'steps = {n} but {len(points)} timesteps are given; leave one of them out'
+        )
     return np.append(points, row.end).astype(np.int32)
 
 

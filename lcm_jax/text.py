@@ -31,7 +31,7 @@ class Tokenizer:
         for prompt, ids in zip(prompts, self.tokenizer(list(prompts), verbose=False).input_ids,
                                strict=True):
             if len(ids) > self.length:
-                raise InputError(f'prompt of {len(ids)} tokens (start and end included); this model '
-                                 f'takes at most {self.length}: {prompt!r}')
+                raise InputError(f'prompt of {len(ids)} tokens (start and end included); this '
+                                 f'model takes at most {self.length}: {prompt!r}')
             out.append(ids + [self.tokenizer.pad_token_id] * (self.length - len(ids)))
         return np.asarray(out, np.int32)

@@ -1,4 +1,9 @@
-"""Distil an LCM-LoRA: `python -m lcm_jax.train --config=configs/NAME.py --workdir=DIR`."""
+"""Distil an LCM-LoRA.
+
+    python -m lcm_jax.train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
+
+KEY is one of configs/default.py, such as train.steps; DIR is for checkpoints, logs and the LoRA.
+"""
 
 import sys
 from pathlib import Path
@@ -8,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from lcm_jax import data, distill, loop, samplers
 from lcm_jax import lora as L
@@ -141,26 +147,52 @@ def recipe(distilled):
             'lcm_jax.solver_steps': str(distilled['solver_steps'])}
 
 
-def main():
-    """absl entry: --config=FILE[:...] --workdir=DIR --config.KEY=VALUE."""
-    from absl import app, flags
+def parse(argv):
+    """['--config=FILE', '--workdir=DIR', '--config.KEY=VALUE', ...] -> locked config, workdir.
+
+    Raises InputError for a file that is not there, an unknown key and a value of another type.
+    """
+    config, _, _ = parse_flags([arg for arg in argv if not arg.startswith('--config.')])
+    for arg in argv:
+        if arg.startswith('--config.'):
+            node = config
+            for key in arg.removeprefix('--config.').split('=')[0].split('.'):
+                node = choose('config key', key, node if isinstance(node, ConfigDict) else {})
+    config, workdir, extra = parse_flags(argv)
+    if extra or not workdir:
+        raise InputError(f'arguments {" ".join(argv)}; give --config=FILE --workdir=DIR and, '
+                         'if you like, --config.KEY=VALUE')
+    return config, workdir
+
+
+def parse_flags(argv):
+    """Command line -> config, workdir, other arguments, as absl and ml_collections read it."""
+    from absl import flags
     from ml_collections import config_flags
 
-    config = config_flags.DEFINE_config_file('config', lock_config=True)
-    workdir = flags.DEFINE_string('workdir', None, 'Where checkpoints, logs and the LoRA go.')
-    flags.mark_flags_as_required(['config', 'workdir'])
-
-    def absl_main(argv):
-        if argv[1:]:
-            raise app.UsageError(f'unexpected arguments: {argv[1:]}')
-        try:
-            run(config.value, workdir.value)
-        except InputError as e:
-            sys.exit(f'error: {e}')
-
+    argv = ['lcm_jax.train', *argv]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+    workdir = flags.DEFINE_string('workdir', None, 'For the outputs.', flag_values=values)
     try:
-        app.run(absl_main)
-    except (AttributeError, KeyError) as e:  # ml_collections refuses an unknown key with these
+        _, *extra = values(argv)
+        if not (config.value and config.value.is_locked):  # an OSError, if the file cannot be read
+            raise InputError('no --config=FILE given')
+    except OSError as e:
+        raise InputError(f'config file: {str(e).splitlines()[-1].strip()}') from e
+    except (flags.Error, AttributeError, KeyError) as e:
+        raise InputError(' '.join(str(e).split())) from e
+    return config.value, workdir.value, extra
+
+
+def main(argv=None):
+    """Run the command line; bad input ends with one line on stderr and status 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {'-h', '--help'} & {*argv}:
+        return print(__doc__)
+    try:
+        run(*parse(argv))
+    except InputError as e:
         sys.exit(f'error: {e}')
 
 

@@ -1,10 +1,16 @@
-"""Pipeline folders that the tests share, and the fixtures that keep tests apart."""
+"""Pipeline folders that the tests share."""
 
+import jax
 import numpy as np
 import pytest
 import torch
 
+from lcm_jax import lora
 from lcm_jax.data import EMOJI
+from lcm_jax.lora_io import write_lora
+from lcm_jax.pipeline import component_shapes
+
+torch.set_num_threads(1)  # the reference models are tiny; waiting for threads costs more
 
 
 def randomise(model, seed):
@@ -21,28 +27,96 @@ def randomise(model, seed):
 
 @pytest.fixture(scope='session')
 def random_folder(tmp_path_factory):
-    """A complete tiny Stable Diffusion of random weights, written by diffusers: 32 px, emoji tokenizer."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    """A Stable Diffusion folder written by diffusers: tiny, random weights, 32 px pictures."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(str(EMOJI / 'pipeline' / 'tokenizer'))
-    text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, attention_head_dim=4,
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        attention_head_dim=4,
         down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
-        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'), cross_attention_dim=32, norm_num_groups=8)
+        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
     vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, sample_size=32,
-        down_block_types=('DownEncoderBlock2D',) * 3, up_block_types=('UpDecoderBlock2D',) * 3)
+        block_out_channels=(8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+        down_block_types=('DownEncoderBlock2D',) * 3,
+        up_block_types=('UpDecoderBlock2D',) * 3,
+    )
     scheduler = DDIMScheduler(
-        beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, timestep_spacing='leading')
+        beta_schedule='scaled_linear',
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        timestep_spacing='leading',
+    )
     folder = tmp_path_factory.mktemp('random') / 'pipeline'
     StableDiffusionPipeline(
-        randomise(vae, 0), randomise(text, 1), tokenizer, randomise(unet, 2), scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+        randomise(vae, 0),
+        randomise(text, 1),
+        tokenizer,
+        randomise(unet, 2),
+        scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope='session', params=['random', 'emoji'])
+def folder(request):
+    """A diffusers folder: the random one, and the shipped emoji model."""
+    if request.param == 'random':
+        return request.getfixturevalue('random_folder')
+    if not (EMOJI / 'pipeline' / 'model_index.json').is_file():
+        pytest.skip('the emoji weights are not trained yet')
+    return EMOJI / 'pipeline'
+
+
+def random_lora(params, scale=0.3):
+    """An adapter of every module that LCM-LoRA adapts, strong enough to change pictures."""
+    rng = np.random.default_rng(0)
+    return {
+        path: {'down': ab['down'], 'up': np.float32(scale * rng.normal(size=ab['up'].shape))}
+        for path, ab in lora.init(jax.random.key(0), params, 4).items()
+    }
+
+
+def write_random_lora(params, file, **options):
+    write_lora(file, random_lora(params), **{'alpha': 4.0, 'dtype': np.float32} | options)
+    return file
+
+
+@pytest.fixture(scope='session')
+def lora_file(random_folder, tmp_path_factory):
+    """A LoRA for the random folder."""
+    _, params = component_shapes(random_folder, 'unet')
+    return write_random_lora(params, tmp_path_factory.mktemp('lora') / 'style.safetensors')

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcm_jax.diffusion import CLEAN, KINDS, alpha_sigma, boundary, denoiser, guided, predict, schedule
+from lcm_jax.diffusion import (
+    CLEAN,
+    KINDS,
+    alpha_sigma,
+    boundary,
+    denoiser,
+    guided,
+    predict,
+    schedule,
+)
 from lcm_jax.errors import InputError
 
 
@@ -14,8 +23,14 @@ def random(seed, *shape):
 
 
 def test_schedule_values_of_stable_diffusion():
-    want = {0: 0.99914998, 19: 0.98224396, 259: 0.65897524,
-            499: 0.27766943, 759: 0.05221289, 999: 0.0046600951}
+    want = {
+        0: 0.99914998,
+        19: 0.98224396,
+        259: 0.65897524,
+        499: 0.27766943,
+        759: 0.05221289,
+        999: 0.0046600951,
+    }
     abar = schedule()
     assert abar.dtype == jnp.float32 and abar.shape == (1000,)
     np.testing.assert_allclose(abar[np.array([*want])], [*want.values()], rtol=2e-6)
@@ -25,7 +40,9 @@ def test_schedule_values_of_stable_diffusion():
 def test_schedule_is_diffusers(kind):
     from diffusers import DDIMScheduler
 
-    theirs = DDIMScheduler(beta_schedule=kind, beta_start=1e-4, beta_end=0.02, num_train_timesteps=500)
+    theirs = DDIMScheduler(
+        beta_schedule=kind, beta_start=1e-4, beta_end=0.02, num_train_timesteps=500
+    )
     np.testing.assert_allclose(schedule(kind, 1e-4, 0.02, 500), theirs.alphas_cumprod, rtol=1e-5)
 
 
@@ -53,7 +70,9 @@ def test_predict_round_trip(kind, t):
 
 
 def test_unknown_names_are_refused_with_the_nearest():
-    with pytest.raises(InputError, match=r"unknown prediction_type 'v-prediction'.*'v_prediction'.*epsilon"):
+    with pytest.raises(
+        InputError, match=r"unknown prediction_type 'v-prediction'.*'v_prediction'.*epsilon"
+    ):
         predict('v-prediction', 0, 0, 1, 0)
     with pytest.raises(InputError, match=r"unknown beta_schedule 'squared'.*scaled_linear"):
         schedule('squared')
@@ -63,7 +82,9 @@ def test_consistency_function_is_the_identity_at_time_zero():
     assert [float(c) for c in boundary(jnp.float32(0))] == [1, 0]
     skip, out = boundary(jnp.array([19.0, 999.0]))
     np.testing.assert_allclose(skip, [0.25 / (190**2 + 0.25), 0.25 / (9990**2 + 0.25)], rtol=1e-6)
-    np.testing.assert_allclose(out, [190 / (190**2 + 0.25) ** 0.5, 9990 / (9990**2 + 0.25) ** 0.5], rtol=1e-6)
+    np.testing.assert_allclose(
+        out, [190 / (190**2 + 0.25) ** 0.5, 9990 / (9990**2 + 0.25) ** 0.5], rtol=1e-6
+    )
 
 
 def test_denoiser_gives_the_net_a_batch_of_times_and_float32_back():
@@ -85,7 +106,9 @@ def test_guidance_mixes_the_halves_and_keeps_the_identity(kind):
         return jnp.tanh(z + shift)
 
     both = denoiser(net, kind, abar)(jnp.concatenate([z, z]), 259)
-    cond, null = (jax.tree.map(lambda y, rows=rows: y[rows], both) for rows in (slice(0, 2), slice(2, 4)))
+    cond, null = (
+        jax.tree.map(lambda y, rows=rows: y[rows], both) for rows in (slice(0, 2), slice(2, 4))
+    )
     scale = np.array([3.0, 7.5]).reshape(2, 1, 1, 1)  # one per sample
     pred = guided(denoiser(net, kind, abar), scale)(z, 259)
     np.testing.assert_allclose(pred.x, null.x + scale * (cond.x - null.x), atol=1e-5)

@@ -12,21 +12,41 @@ import pytest
 import torch
 
 from lcm_jax import samplers
-from lcm_jax.diffusion import CLEAN, KINDS, Pred, alpha_sigma, boundary, denoiser, guided, predict, schedule
+from lcm_jax.diffusion import (
+    CLEAN,
+    KINDS,
+    Pred,
+    alpha_sigma,
+    boundary,
+    denoiser,
+    guided,
+    predict,
+    schedule,
+)
 from lcm_jax.errors import InputError
 
 torch.set_num_threads(1)
 
 SHAPE = (2, 3, 3, 4)
 TOLERANCE = 1e-4  # of the largest reference value
-SD = {'num_train_timesteps': 1000, 'beta_start': 0.00085, 'beta_end': 0.012, 'beta_schedule': 'scaled_linear'}
+SD = {
+    'num_train_timesteps': 1000,
+    'beta_start': 0.00085,
+    'beta_end': 0.012,
+    'beta_schedule': 'scaled_linear',
+}
 # Our sampler -> diffusers' scheduler as Stable Diffusion configures it.
 SCHEDULERS = {
     'ddim': functools.partial(
-        diffusers.DDIMScheduler, **SD, set_alpha_to_one=False, steps_offset=1, clip_sample=False),
+        diffusers.DDIMScheduler, **SD, set_alpha_to_one=False, steps_offset=1, clip_sample=False
+    ),
     'dpm': functools.partial(
-        diffusers.DPMSolverMultistepScheduler, **SD, steps_offset=1, algorithm_type='dpmsolver',
-        final_sigmas_type='sigma_min'),
+        diffusers.DPMSolverMultistepScheduler,
+        **SD,
+        steps_offset=1,
+        algorithm_type='dpmsolver',
+        final_sigmas_type='sigma_min',
+    ),
     'dpm++': functools.partial(diffusers.DPMSolverMultistepScheduler, **SD, steps_offset=1),
     'lcm': functools.partial(diffusers.LCMScheduler, **SD),
 }
@@ -47,24 +67,32 @@ ABAR = schedule()
 def every_kind(z, t):
     """z [kind, *SHAPE] -> Pred of a model that answers in every kind of prediction at once."""
     alpha, sigma = alpha_sigma(ABAR, t)
-    preds = [predict(kind, net(jnp, y, t.astype(jnp.float32)), y, alpha, sigma)
-             for kind, y in zip(KINDS, z, strict=True)]
+    preds = [
+        predict(kind, net(jnp, y, t.astype(jnp.float32)), y, alpha, sigma)
+        for kind, y in zip(KINDS, z, strict=True)
+    ]
     return jax.tree.map(lambda *y: jnp.stack(y), *preds)
 
 
 def by_scan(sampler, times, z, noise):
     """`sample` itself: one program for each number of steps."""
     solver = samplers.SAMPLERS[sampler].solver(len(times) - 1)
-    run = jax.jit(lambda z, times, noise: samplers.sample(
-        every_kind, solver, z, times, ABAR, lambda i, shape: noise[i]))
+    run = jax.jit(
+        lambda z, times, noise: samplers.sample(
+            every_kind, solver, z, times, ABAR, lambda i, shape: noise[i]
+        )
+    )
     return run(z, times, noise)
 
 
 @functools.cache
 def jitted_step(sampler, short):
     solver = samplers.SAMPLERS[sampler].solver(14 if short else 15)
-    return solver.init, jax.jit(lambda state, z, t, s, noise: solver.step(
-        state, z, every_kind(z, t), t, s, ABAR, lambda: noise))
+    return solver.init, jax.jit(
+        lambda state, z, t, s, noise: solver.step(
+            state, z, every_kind(z, t), t, s, ABAR, lambda: noise
+        )
+    )
 
 
 def by_loop(sampler, times, z, noise):
@@ -79,8 +107,10 @@ def by_loop(sampler, times, z, noise):
 def theirs(scheduler, z, noise, monkeypatch):
     """The same by diffusers, for the scheduler's own prediction type."""
     draws = iter(noise)
-    monkeypatch.setattr('diffusers.schedulers.scheduling_lcm.randn_tensor',
-                        lambda *args, **kwargs: torch.tensor(next(draws)))
+    monkeypatch.setattr(
+        'diffusers.schedulers.scheduling_lcm.randn_tensor',
+        lambda *args, **kwargs: torch.tensor(next(draws)),
+    )
     z = torch.tensor(z)
     for t in scheduler.timesteps:
         z = scheduler.step(net(torch, z, float(t)), t, z).prev_sample
@@ -116,14 +146,17 @@ def test_one_program_of_all_steps(sampler, n, monkeypatch):
     assert compare(by_scan, sampler, n, monkeypatch) < TOLERANCE
 
 
-@pytest.mark.parametrize(('sampler', 'spacing', 'counts'), [
-    # diffusers' DDIM steps from t to t - 1000 // n, which is the next listed time where n divides 1000
-    ('ddim', 'trailing', (1, 2, 4, 5, 8, 10, 20, 25, 40, 50)),
-    ('dpm', 'trailing', range(1, 51)),
-    ('dpm', 'leading', range(1, 51)),
-    ('dpm++', 'trailing', range(1, 51)),
-    ('dpm++', 'leading', range(1, 51)),  # Stable Diffusion XL's own
-])
+@pytest.mark.parametrize(
+    ('sampler', 'spacing', 'counts'),
+    [
+        # diffusers' DDIM steps from t to t - 1000 // n: the next listed time where n divides 1000
+        ('ddim', 'trailing', (1, 2, 4, 5, 8, 10, 20, 25, 40, 50)),
+        ('dpm', 'trailing', range(1, 51)),
+        ('dpm', 'leading', range(1, 51)),
+        ('dpm++', 'trailing', range(1, 51)),
+        ('dpm++', 'leading', range(1, 51)),  # Stable Diffusion XL's own
+    ],
+)
 def test_other_spacings(sampler, spacing, counts, monkeypatch):
     assert max(compare(by_loop, sampler, n, monkeypatch, spacing) for n in counts) < TOLERANCE
 
@@ -133,8 +166,11 @@ def test_ddim_times_are_diffusers_at_every_spacing(spacing):
     scheduler = SCHEDULERS['ddim'](timestep_spacing=spacing)
     for n in range(1, 1000):
         scheduler.set_timesteps(n)
-        # diffusers' trailing lists one point too many where n times the rounded 1000 / n is below 1000
-        assert samplers.times('ddim', n, spacing=spacing)[:-1].tolist() == scheduler.timesteps.tolist()[:n]
+        # [:n]: for some n, 61 the first, rounding makes diffusers' trailing list one more, at -1
+        assert (
+            samplers.times('ddim', n, spacing=spacing)[:-1].tolist()
+            == scheduler.timesteps.tolist()[:n]
+        )
 
 
 def test_first_and_last_times():
@@ -153,7 +189,9 @@ def test_lcm_times_of_the_reference():
     for strength in (0.3, 0.6, 0.9):
         for n in range(1, int(50 * strength) + 1):
             scheduler.set_timesteps(n, strength=strength)
-            assert samplers.lcm_spacing(n, strength=strength).tolist() == scheduler.timesteps.tolist()
+            assert (
+                samplers.lcm_spacing(n, strength=strength).tolist() == scheduler.timesteps.tolist()
+            )
 
 
 @pytest.mark.parametrize('n', [1, 10])
@@ -182,7 +220,9 @@ def test_the_first_step_of_every_deterministic_solver_is_ddim(solver):
     z, x = random(0, 3, 2, 2, 4), random(1, 3, 2, 2, 4)
     t, s, abar = jnp.array([19, 499, 999]), jnp.array([0, 479, 979]), schedule()
     pred = predict('sample', x, z, *alpha_sigma(abar, t, 4))
-    (want, _), (got, _) = (k.step(k.init(z), z, pred, t, s, abar, None) for k in (samplers.ddim(), solver))
+    (want, _), (got, _) = (
+        k.step(k.init(z), z, pred, t, s, abar, None) for k in (samplers.ddim(), solver)
+    )
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -202,8 +242,13 @@ def test_only_shapes_and_step_counts_compile_anew():
         shift[2:] = 0  # the null condition
         return run(random(0, *SHAPE), times, keys, guidance, shift)
 
-    changed = [pictures(), pictures(seed=1), pictures(shift=1), pictures(shift=1, guidance=3.0),
-               pictures(timesteps=[999, 600, 300, 7])]
+    changed = [
+        pictures(),
+        pictures(seed=1),
+        pictures(shift=1),
+        pictures(shift=1, guidance=3.0),
+        pictures(timesteps=[999, 600, 300, 7]),
+    ]
     assert traces == [4]
     for i, a in enumerate(changed):
         assert np.isfinite(a).all()
@@ -219,7 +264,9 @@ def test_a_picture_does_not_depend_on_the_batch_around_it():
     @jax.jit
     def draw(z, keys):
         model = denoiser(lambda z, t: jnp.tanh(z), 'epsilon', abar)
-        return samplers.sample(model, samplers.lcm(), z, samplers.times('lcm', 3), abar, samplers.fresh(keys))
+        return samplers.sample(
+            model, samplers.lcm(), z, samplers.times('lcm', 3), abar, samplers.fresh(keys)
+        )
 
     def run(rows):
         return draw(start[rows], keys[rows])
@@ -231,15 +278,21 @@ def test_a_picture_does_not_depend_on_the_batch_around_it():
     assert np.abs(noise(0, SHAPE) - noise(1, SHAPE)).max() > 0.1
 
 
-@pytest.mark.parametrize(('args', 'message'), [
-    (('dmp++', 4), r"unknown sampler 'dmp\+\+' \(did you mean 'dpm\+\+'\?\); one of: ddim, dpm,"),
-    (('ddim', 0), 'steps = 0; ddim takes a whole number from 1 to 999'),
-    (('dpm', 1000), 'steps = 1000; dpm takes a whole number from 1 to 999'),
-    (('lcm', 51), 'steps = 51; lcm takes a whole number from 1 to 50'),
-    (('lcm', 1.5), r'steps = 1\.5; lcm takes a whole number from 1 to 50'),
-    (('lcm', '4'), "steps = '4'; lcm takes a whole number from 1 to 50"),
-    (('ddim', 4, 1000, 'linspce'), r"unknown spacing 'linspce' \(did you mean 'linspace'\?\)"),
-])
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (
+            ('dmp++', 4),
+            r"unknown sampler 'dmp\+\+' \(did you mean 'dpm\+\+'\?\); one of: ddim, dpm,",
+        ),
+        (('ddim', 0), 'steps = 0; ddim takes a whole number from 1 to 999'),
+        (('dpm', 1000), 'steps = 1000; dpm takes a whole number from 1 to 999'),
+        (('lcm', 51), 'steps = 51; lcm takes a whole number from 1 to 50'),
+        (('lcm', 1.5), r'steps = 1\.5; lcm takes a whole number from 1 to 50'),
+        (('lcm', '4'), "steps = '4'; lcm takes a whole number from 1 to 50"),
+        (('ddim', 4, 1000, 'linspce'), r"unknown spacing 'linspce' \(did you mean 'linspace'\?\)"),
+    ],
+)
 def test_bad_steps(args, message):
     with pytest.raises(InputError, match=message):
         samplers.times(*args)
@@ -250,8 +303,10 @@ def test_bad_strength():
         samplers.lcm_spacing(26, strength=0.5)
 
 
-@pytest.mark.parametrize('timesteps', [
-    [], [499, 999], [999, 999], [1000, 5], [5, -1], [5.5, 1], ['5'], [[3, 1]], [[3], 1], 7])
+@pytest.mark.parametrize(
+    'timesteps',
+    [[], [499, 999], [999, 999], [1000, 5], [5, -1], [5.5, 1], ['5'], [[3, 1]], [[3], 1], 7],
+)
 def test_bad_timesteps(timesteps):
     with pytest.raises(InputError, match=r'timesteps .*: give falling whole numbers from 999 to 0'):
         samplers.custom_times('ddim', timesteps)

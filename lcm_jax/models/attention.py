@@ -1,8 +1,62 @@
-"""Attention, chosen in one place."""
+"""Attention, chosen in one place: by size here, by platform when the program is lowered."""
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Above SMALL scores a head, queries go in chunks whose BLOCK scores (4 MB in float32) stay in cache.
+SMALL = 2**17
+BLOCK = 2**20
 
 
 def attend(q, k, v, *, causal=False):
-    """softmax(q k^T / sqrt(D)) v. q [B,L,H,D], k and v [B,M,H,D] -> [B,L,H,D]."""
-    return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    """softmax(q k^T / sqrt(D)) v. q [B,L,H,D], k and v [B,M,H,D] -> [B,L,H,D].
+
+    Memory grows with L + M, not with L * M, in the backward pass too.
+    """
+    if q.shape[1] * k.shape[1] <= SMALL:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+    def chunked(each):
+        def run(q, k, v):
+            b, l, h, d = q.shape
+            q, k, v = (x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
+            out = each(lambda x: _head(*x, causal))((q, k, v))
+            return out.reshape(b, h, l, d).swapaxes(1, 2)
+        return run
+
+    def cudnn(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation='cudnn')
+
+    # A CPU's caches hold one head at a time; elsewhere heads (and shards of them) run side by side.
+    paths = {'cpu': chunked(lambda f: lambda x: lax.map(f, x)), 'default': chunked(jax.vmap)}
+    if _fits_cudnn(q):
+        paths['cuda'] = cudnn
+    return lax.platform_dependent(q, k, v, **paths)
+
+
+def _head(q, k, v, causal):
+    """One head: q [L,D], k and v [M,D] -> [L,D], a block of queries at a time."""
+
+    def row(x):
+        i, q = x
+        s = jnp.einsum('d,md->m', q, k, preferred_element_type=jnp.float32) * q.size**-0.5
+        if causal:
+            s = jnp.where(jnp.arange(s.size) <= i, s, -jnp.inf)
+        p = jnp.exp(s - lax.stop_gradient(s.max()))
+        out = jnp.einsum('m,md->d', p.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (out / p.sum()).astype(v.dtype)  # D divisions, not M
+
+    # The backward pass computes a block's scores again rather than keep them all.
+    row = jax.checkpoint(row, prevent_cse=False)
+    return lax.map(row, (jnp.arange(len(q)), q), batch_size=max(1, BLOCK // len(k)))
+
+
+def _fits_cudnn(q):
+    """Whether cuDNN's fused kernel is here and takes heads like these."""
+    if q.dtype not in (jnp.float16, jnp.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 128:
+        return False
+    try:
+        return bool(jax.devices('cuda'))
+    except RuntimeError:
+        return False

@@ -7,17 +7,18 @@ In an empty folder, run
         emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 \
         fluentui-emoji-js@1.2.1 emojibase-data@17.0.0
 
-and then, in the repository (needs pillow, numpy, transformers, open_clip_torch; 2 minutes)
+and then, in the repository (needs pillow, numpy, transformers and the vocabulary that make_tokenizer.py names; 2 minutes)
 
     python tools/emoji/make_data.py --packages FOLDER/node_modules --out lcm_jax/emoji/data
 
-It writes STYLE-train.tar and STYLE-heldout.tar for the styles noto, twemoji and fluent. A sample
+It writes STYLE-train.tar.gz and STYLE-heldout.tar.gz for the styles noto, twemoji and fluent. A sample
 is KEY.webp and KEY.txt; KEY is the emoji's code points in lower-case hex without the variation
 selector fe0f (`1f991`, `1f468-200d-1f4bb`), the same in the three styles. About 5 % of the keys,
 the same in every style, are held out. The same Pillow gives the same bytes.
 """
 
 import argparse
+import gzip
 import hashlib
 import io
 import json
@@ -172,7 +173,10 @@ def distinct(paths):
 
 def write_tar(path, samples):
     """samples: {key: (webp, caption)}; fixed metadata, keys mixed by a hash."""
-    with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        gzip.GzipFile(path, 'wb', mtime=0) as file,  # half of a bare tar would be headers
+        tarfile.open(fileobj=file, mode='w', format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for key in sorted(samples, key=lambda key: digest(f'order {key}')):
             for extension, data in zip(('webp', 'txt'), samples[key], strict=True):
                 member = tarfile.TarInfo(f'{key}.{extension}')
@@ -198,7 +202,7 @@ def main():
             qualities.append(quality)
         print(f'{style}: PSNR mean {np.mean(qualities):.1f} min {min(qualities):.1f} dB')
         for split, samples in splits.items():
-            path = args.out / f'{style}-{split}.tar'
+            path = args.out / f'{style}-{split}.tar.gz'
             write_tar(path, samples)
             pictures = sum(len(webp) for webp, _ in samples.values())
             print(

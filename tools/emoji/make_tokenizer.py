@@ -3,7 +3,8 @@
     python tools/emoji/make_tokenizer.py --data lcm_jax/emoji/data \
         --out lcm_jax/emoji/pipeline/tokenizer
 
-needs transformers and open_clip_torch, which ships OpenAI's `bpe_simple_vocab_16e6.txt.gz` (MIT).
+needs OpenAI's `bpe_simple_vocab_16e6.txt.gz` (MIT), which `pip install --no-deps
+open_clip_torch==3.3.0` brings.
 A caption splits into the same pieces as with CLIP's whole vocabulary: a merge that byte pair
 encoding never picks for a word can go without changing how the word is split. Words nobody
 foresaw fall to smaller pieces, single letters at worst, never to an unknown token. The ids are
@@ -187,12 +188,12 @@ def trimmed(merges, texts, tokenizer):
 
 def read_captions(folder):
     captions = []
-    for path in sorted(folder.glob('*.tar')):
+    for path in sorted(folder.glob('*.tar.gz')):
         with tarfile.open(path) as tar:
             texts = [member for member in tar if member.name.endswith('.txt')]
             captions += [tar.extractfile(member).read().decode() for member in texts]
     if not captions:
-        raise FileNotFoundError(f'no captions in {folder}/*.tar: run make_data.py first')
+        raise FileNotFoundError(f'no captions in {folder}/*.tar.gz: run make_data.py first')
     return captions
 
 

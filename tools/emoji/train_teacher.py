@@ -20,12 +20,11 @@ from PIL import Image
 
 from lcm_jax import data, loop, weights
 from lcm_jax.diffusion import alpha_sigma, schedule
-from lcm_jax.models.clip import TextEncoder
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
-from lcm_jax.models.vae import VAE
 from lcm_jax.pipeline import Pipeline, read_component
 from lcm_jax.text import Tokenizer
+from lcm_jax.train import encode_captions, encode_pictures
 from lcm_jax.tree import cast, count
 
 STYLES = ('noto', 'twemoji')
@@ -76,27 +75,19 @@ def loss(params, ema, frozen, batch, key, *, spec, scaling, drop=0.1):
     return jnp.mean((out - eps) ** 2), {}
 
 
-def mapped(fn, x, batch=64):
-    """fn over rows of x in batches of one shape, in float16 on the host."""
-    padded = np.concatenate([x, x[:-len(x) % batch]])
-    parts = [jax.tree.map(lambda y: np.asarray(y, np.float16), fn(b))
-             for b in np.split(padded, len(padded) // batch)]
-    return jax.tree.map(lambda *ys: np.concatenate(ys)[:len(x)], *parts)
-
-
 def encoded(folder):
-    """The training set through VAE and text encoder -> mean, std, texts [N,VARIANTS,L,D], null [L,D]."""
+    """The training set through VAE and text encoder.
+
+    -> (vae spec, text spec, (mean, std [N,h,w,C], texts [N,VARIANTS,L,D], null [L,D]) in float16)
+    """
     vae, vae_params = read_component(folder, 'vae')
     text, text_params = read_component(folder, 'text_encoder')
-    tokenizer, samples = Tokenizer(folder / 'tokenizer'), data.emoji('train', STYLES)
-    encode = jax.jit(lambda x: VAE(vae).apply({'params': vae_params}, x, method='encode'))
-    read = jax.jit(lambda ids: TextEncoder(text).apply({'params': text_params}, ids).hidden)
-    mean, logvar = mapped(encode, data.to_float(np.stack([s.picture for s in samples])))
-    rng = np.random.default_rng(0)
-    texts = np.stack([mapped(read, tokenizer([s.caption if not v else variant(s.caption, rng)
-                                              for s in samples])) for v in range(VARIANTS)], 1)
-    frozen = mean, np.exp(0.5 * logvar.astype(np.float32)).astype(np.float16), texts, mapped(read, tokenizer(['']))[0]
-    return vae, text, jax.tree.map(jnp.asarray, frozen)
+    samples, rng = data.emoji('train', STYLES), np.random.default_rng(0)
+    read = partial(encode_captions, text, text_params, Tokenizer(folder / 'tokenizer'))
+    said = [[s.caption, *(variant(s.caption, rng) for _ in range(VARIANTS - 1))] for s in samples]
+    frozen = (*encode_pictures(vae, vae_params, np.stack([s.picture for s in samples])),
+              np.stack([read(column) for column in zip(*said, strict=True)], 1), read([''])[0])
+    return vae, text, jax.tree.map(lambda x: jnp.asarray(x, jnp.float16), frozen)
 
 
 def write_folder(folder, spec, params):
@@ -132,7 +123,8 @@ def main():
     params = jax.jit(UNet(spec).init)(jax.random.key(0), z, jnp.zeros(1, int), frozen[3][None])['params']
     params = cast(params, jnp.float32)
     print(f'{n} pictures, {count(params):,} parameters')
-    rate = optax.warmup_cosine_decay_schedule(0, args.lr, 200, args.steps, args.lr / 100)
+    rate = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 40, args.steps,
+                                              args.lr / 100)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01))
 
     def show(i, state, writer):

@@ -1,13 +1,16 @@
 """Train the emoji autoencoder on all three styles and write it as diffusers' `vae` folder.
 
     python tools/emoji/train_vae.py --workdir runs/vae
+    python tools/emoji/train_vae.py --workdir runs/vae_decoder --decoder-only --lr 5e-4
 
-Resumes from its workdir. Prints the held-out reconstruction PSNR at each checkpoint.
+The second line trains on from the written folder with the encoder fixed, so that latents (and what
+was trained on them) stay as they are. Both resume from their workdir. Prints the held-out reconstruction PSNR at each checkpoint.
 """
 
 import argparse
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +21,8 @@ import optax
 from lcm_jax import data, loop, weights
 from lcm_jax.models.configs import vae_config
 from lcm_jax.models.vae import VAE, VAESpec
+from lcm_jax.pipeline import read_component
+from lcm_jax.train import batched
 from lcm_jax.tree import cast
 
 SPEC = VAESpec(
@@ -37,7 +42,11 @@ def augment(x, rng, pad=4):
 
 
 def loss(params, ema, frozen, x, key, kl_weight=1e-4):
-    """L1 + L2 reconstruction and the posterior's KL to the unit Gaussian, mean per element."""
+    """L1 + L2 reconstruction and the posterior's KL to the unit Gaussian, mean per element.
+
+    The VAE's parameters are `params`, trained, and `frozen`.
+    """
+    params = {**params, **frozen}
     vae = VAE(SPEC)
     mean, logvar = vae.apply({'params': params}, x, method='encode')
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
@@ -51,17 +60,9 @@ def reconstruct(params, x):
     return jnp.clip(VAE(SPEC).apply({'params': params}, x), -1, 1)
 
 
-def batched(fn, params, x, batch=32):
-    """fn over pictures in batches of one shape -> numpy."""
-    padded = np.concatenate([x, x[: -len(x) % batch]])
-    return np.concatenate(
-        [np.asarray(fn(params, b)) for b in np.split(padded, len(padded) // batch)]
-    )[: len(x)]
-
-
 def psnr(params, x):
     """Mean PSNR over pictures, dB."""
-    mse = np.mean((batched(reconstruct, params, x) - x) ** 2, (1, 2, 3))
+    mse = np.mean((batched(partial(reconstruct, params), x) - x) ** 2, (1, 2, 3))
     return float(np.mean(10 * np.log10(4 / mse)))
 
 
@@ -71,6 +72,7 @@ def main():
     )
     parser.add_argument('--workdir', required=True)
     parser.add_argument('--out', default='lcm_jax/emoji/pipeline/vae')
+    parser.add_argument('--decoder-only', action='store_true')
     parser.add_argument('--steps', type=int, default=4000)
     parser.add_argument('--batch', type=int, default=16)
     parser.add_argument('--lr', type=float, default=1.5e-3)
@@ -83,19 +85,25 @@ def main():
     def batch_at(i):
         return data.to_float(augment(pictures[indices(i)], np.random.default_rng((1, i))))
 
-    params = jax.jit(VAE(SPEC).init)(jax.random.key(0), batch_at(0))['params']
+    out = Path(args.out)
+    if args.decoder_only:
+        spec, params = read_component(out.parent, out.name)
+        frozen = {name: params.pop(name) for name in ('encoder', 'quant_conv')}
+    else:
+        params = jax.jit(VAE(SPEC).init)(jax.random.key(0), batch_at(0))['params']
+        spec, frozen = None, {}
     rate = optax.warmup_cosine_decay_schedule(0, args.lr, 100, args.steps, args.lr / 50)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-3))
 
     def report(i, state, writer):
-        value = psnr(state.ema, heldout)
+        value = psnr({**state.ema, **frozen}, heldout)
         writer.add_scalar('heldout_psnr', value, i)
         print(f'\nstep {i}: held-out PSNR {value:.2f} dB', flush=True)
 
     state = loop.fit(
         loop.make_step(loss, tx, 0.998),
         loop.init(params, tx),
-        None,
+        frozen,
         batch_at,
         jax.random.key(1),
         steps=args.steps,
@@ -105,15 +113,16 @@ def main():
         label='vae',
     )
 
-    encode = jax.jit(lambda p, x: VAE(SPEC).apply({'params': p}, x, method='encode')[0])
-    std = float(np.std(batched(encode, state.ema, data.to_float(pictures[::4]))))
-    spec = dataclasses.replace(SPEC, scaling_factor=round(1 / std, 5))
-    out = Path(args.out)
+    params = {**state.ema, **frozen}
+    if spec is None:  # the encoder is new: measure the scale of its latents
+        encode = jax.jit(lambda p, x: VAE(SPEC).apply({'params': p}, x, method='encode')[0])
+        std = float(np.std(batched(partial(encode, params), data.to_float(pictures[::4]))))
+        spec = dataclasses.replace(SPEC, scaling_factor=round(1 / std, 5))
     weights.write_tensors(
-        out / 'diffusion_pytorch_model.safetensors', weights.dump(cast(state.ema, jnp.float16))
+        out / 'diffusion_pytorch_model.safetensors', weights.dump(cast(params, jnp.float16))
     )
     (out / 'config.json').write_text(json.dumps(vae_config(spec, 64), indent=2) + '\n')
-    print(f'wrote {out}; latent std {std:.4f}')
+    print(f'wrote {out}; scaling factor {spec.scaling_factor}')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,280 @@
+"""`lcm-jax`: what each verb writes; bad input ends with one line, a status and nothing written."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lcm_jax import cli, train
+
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
+ROOT = Path(cli.__file__).parents[1]
+CONFIG = str(ROOT / 'configs' / 'emoji_lcm_lora.py')
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """run(*arguments) in an empty folder -> (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            cli.main([str(a) for a in arguments])
+            status = 0
+        except SystemExit as e:
+            # Python prints a message that is not a number to stderr and exits with 1.
+            status = e.code if isinstance(e.code, int) else 1
+            if status == 1:
+                print(e.code, file=sys.stderr)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def refused(result, said, folder=Path('.')):
+    """One line that says `said`, status 1, no file."""
+    status, out, err = result
+    assert status == 1 and not out
+    assert re.fullmatch(f'error: .*{said}.*\n', err), err
+    assert not [*folder.iterdir()]
+
+
+def test_help_names_every_verb_and_imports_little():
+    command = [sys.executable, '-X', 'importtime', '-m', 'lcm_jax.cli', '--help']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    for verb in ('demo', 'train', 'sample', 'convert', 'lora'):
+        assert re.search(rf'^    {verb} ', done.stdout, re.M)
+    imported = set(re.findall(r'\| +(\w[\w.]*)$', done.stderr, re.M))
+    assert not imported & {'flax', 'orbax', 'orbax.checkpoint', 'transformers', 'optax'}
+
+
+@pytest.mark.parametrize(
+    'verb', ['demo', 'train', 'sample', 'convert', 'lora', 'lora inspect', 'lora convert']
+)
+def test_every_verb_has_help(run, verb):
+    status, out, _ = run(*verb.split(), '--help')
+    assert status == 0 and f'usage: lcm-jax {verb}' in out
+
+
+def test_sample(run, random_folder, lora_file):
+    quick = ('--model', random_folder, '--steps', 1, '--sampler', 'ddim', '--guidance', 1)
+    assert run('sample', 'red heart', *quick, '--out', 'new/one.png') == (
+        0,
+        'wrote new/one.png\n',
+        '',
+    )
+    assert Image.open('new/one.png').size == (32, 32)
+    assert [p.name for p in Path('new').iterdir()] == ['one.png']
+    status, _, err = run(
+        'sample',
+        'red heart',
+        *quick,
+        '--out',
+        'four.webp',
+        '--count',
+        4,
+        '--lora',
+        lora_file,
+        '--scale',
+        0.5,
+        '--negative',
+        'sad',
+        '--size',
+        32,
+        48,
+        '--seed',
+        5,
+    )
+    assert status == 0 and Image.open('four.webp').width > 4 * 48
+    assert err == 'warning: the negative prompt has no effect at guidance 1; it acts above 1\n'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['--out', 'x.gif'], 'x.gif: the name must end in one of .png, .jpg'),
+        (
+            ['--sampler', 'ddmi'],
+            r"unknown sampler 'ddmi' \(did you mean 'ddim'\?\); one of: ddim, dpm",
+        ),
+        (['--steps', 1000], 'steps = 1000; ddim takes a whole number from 1 to 999'),
+        (['--steps', 60, '--sampler', 'lcm'], 'lcm takes a whole number from 1 to 50'),
+        (['--lora', 'nope.safetensors'], "'nope.safetensors' is neither a shipped LoRA"),
+        (['--lora', CONFIG], 'emoji_lcm_lora.py is not a readable safetensors file'),
+        (['--lora', 'LORA', '--lora', 'LORA'], "a LoRA named 'style' is loaded already"),
+        (['--scale', '2'], '1 --scale for 0 --lora'),
+        (['--size', 30, 32], 'size 30 x 32: both must be multiples of 8'),
+        (['--seed', -1], 'seed = -1'),
+        (['--model', 'emojy'], "'emojy' is neither a shipped model .*did you mean 'emoji'"),
+    ],
+)
+def test_sample_refuses(run, random_folder, lora_file, arguments, said):
+    arguments = [lora_file if a == 'LORA' else a for a in arguments]
+    refused(run('sample', 'red heart', '--model', random_folder, *arguments), said)
+
+
+def test_sample_refuses_a_long_prompt(run, random_folder):
+    said = 'prompt of 42 tokens .*this model takes at most 32: .cat'
+    refused(run('sample', 'cat ' * 40, '--model', random_folder), said)
+
+
+def test_bad_arguments_have_status_2(run):
+    for arguments, said in (
+        (['sample', 'x', '--steps', '0'], '--steps: 0: must be 1 or more'),
+        (['sample', 'x', '--count', 'two'], "--count: invalid positive value: 'two'"),
+        (['smaple', 'x'], "invalid choice: 'smaple'"),
+        ([], 'required: VERB'),
+    ):
+        status, _, err = run(*arguments)
+        assert status == 2 and said in err.splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_written(run, random_folder):
+    Path('file').write_text('')
+    status, _, err = run(
+        'sample',
+        'x',
+        '--model',
+        random_folder,
+        '--steps',
+        1,
+        '--sampler',
+        'ddim',
+        '--guidance',
+        1,
+        '--out',
+        'file/x.png',
+    )
+    assert status == 1 and re.fullmatch("error: .*'file'\n", err), err
+
+
+def test_convert(run, random_folder):
+    assert run('convert', random_folder, 'orbax')[0] == 0
+    status, out, _ = run('convert', 'orbax', 'back', '--dtype', 'float16')
+    assert status == 0 and re.fullmatch(
+        r'wrote back: diffusers folder, [\d,]+ parameters in .*\n', out
+    )
+    status, _, err = run('convert', random_folder, 'back')
+    assert (
+        status == 1
+        and err == f'error: back exists already or lies in {random_folder}; name another folder\n'
+    )
+
+
+def test_convert_refuses(run, random_folder):
+    refused(run('convert', 'nope', 'out'), 'no such folder: nope')
+    refused(
+        run('convert', random_folder, 'out', '--dtype', 'half'),
+        "unknown dtype 'half'; one of: keep",
+    )
+
+
+def test_lora(run, random_folder, lora_file):
+    status, out, _ = run('lora', 'inspect', lora_file)
+    assert status == 0 and 'rank        4' in out
+    options = '--model', random_folder, '--dialect', 'peft'
+    assert run('lora', 'convert', lora_file, 'x.safetensors', *options)[0] == 0
+    assert 'dialect     peft' in run('lora', 'inspect', 'x.safetensors')[1]
+
+
+def test_lora_refuses(run, random_folder, lora_file):
+    refused(run('lora', 'inspect', 'nope.safetensors'), 'no such file: nope.safetensors')
+    refused(
+        run('lora', 'convert', lora_file, 'x.bin', '--model', random_folder),
+        'must end in .safetensors',
+    )
+
+
+BAD_SETTINGS = [
+    ('train.stepz=3', r"unknown config key 'stepz' \(did you mean 'steps'\?\); one of: batch, "),
+    ('trian.steps=3', r"unknown config key 'trian' \(did you mean 'train'\?\); one of: data, "),
+    ('train.steps=abc', "train.steps=abc: invalid literal for int.*'abc'"),
+    ('train.steps.x=1', "unknown config key 'x'"),
+    ('lora=7', '--config.lora=7: '),
+]
+
+
+@pytest.mark.parametrize(('setting', 'said'), BAD_SETTINGS)
+def test_train_refuses_settings(run, setting, said):
+    refused(run('train', '--config', CONFIG, '--workdir', 'w', '--set', setting), said)
+
+
+def test_train_refuses(run, tmp_path_factory):
+    refused(run('train', '--config', 'nope.py', '--workdir', 'w'), 'nope.py')
+    refused(
+        run('train', '--config', CONFIG, '--workdir', 'w', '--set', 'model=emojy'),
+        "'emojy' is neither",
+    )
+    config = tmp_path_factory.mktemp('config') / 'typo.py'
+    text = (
+        Path(CONFIG)
+        .read_text()
+        .replace("Path(__file__).with_name('default.py')", repr(str(ROOT / 'configs/default.py')))
+    )
+    config.write_text(text.replace('c.train.steps', 'c.train.stepz'))
+    refused(run('train', '--config', config, '--workdir', 'w'), 'Key "stepz" does not exist')
+
+
+def test_the_two_ways_to_train_are_one(run, monkeypatch):
+    got = []
+    monkeypatch.setattr(
+        train, 'run', lambda config, workdir: got.append((config.to_dict(), workdir))
+    )
+    run(
+        'train',
+        '--config',
+        CONFIG,
+        '--workdir',
+        'w',
+        '--set',
+        'train.steps=7',
+        'lora.rank=2',
+        '--set',
+        "data.styles=('noto',)",
+    )
+    train.main(
+        [
+            f'--config={CONFIG}',
+            '--workdir=w',
+            '--config.train.steps=7',
+            '--config.lora.rank=2',
+            "--config.data.styles=('noto',)",
+        ]
+    )
+    assert got[0] == got[1]
+    assert got[0][0]['train']['steps'] == 7 and got[0][0]['data']['styles'] == ('noto',)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        ([f'--config={CONFIG}', '--config.train.stepz=3'], "unknown config key 'stepz'"),
+        ([f'--config={CONFIG}', 'extra'], 'arguments .*; give --config=FILE --workdir=DIR'),
+        ([f'--confg={CONFIG}'], "Unknown command line flag 'confg'"),
+        ([], 'no --config=FILE given'),
+    ],
+)
+def test_python_m_train_refuses(arguments, said):
+    with pytest.raises(SystemExit, match=f'^error: .*{said}.*$'):
+        train.main([*arguments, '--workdir=w'])
+
+
+def test_the_module_as_a_program(tmp_path):
+    """One real process each: the last line on stderr, the status, no traceback."""
+    for arguments, said in (
+        (
+            ['-m', 'lcm_jax.train', f'--config={CONFIG}', '--workdir=w', '--config.train.stepz=3'],
+            'stepz',
+        ),
+        ([str(ROOT / 'tools/convert_weights.py'), 'nope', 'out'], 'no such folder: nope'),
+    ):
+        done = subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert done.returncode == 1 and not done.stdout
+        assert done.stderr.startswith('error: ') and said in done.stderr
+        assert done.stderr.count('\n') == 1
+    assert not [*tmp_path.iterdir()]

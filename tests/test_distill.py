@@ -1,0 +1,323 @@
+"""The LCM loss and its LoRA gradients against diffusers' UNet, peft, and its script's arithmetic.
+
+The torch side follows diffusers' examples/consistency_distillation/train_lcm_distill_lora_sd_wds.py
+step by step, on the same draws.
+"""
+
+import functools
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lcm_jax import lora, samplers, weights
+from lcm_jax.diffusion import schedule
+from lcm_jax.distill import DISTANCES, Draws, consistency, draw, lcm_loss
+from lcm_jax.models import configs
+from lcm_jax.models.shapes import unet_shapes
+from lcm_jax.models.unet import UNet, UNetSpec
+
+torch.set_num_threads(1)
+
+TOLERANCE = 1e-3
+SPEC = UNetSpec(
+    widths=(8, 16),
+    down=((0,), (0,)),
+    mid=1,
+    up=((0, 0), (0, 0)),
+    heads=(2, 2),
+    context_dim=12,
+    groups=4,
+)
+RANK, ALPHA = 4, 6
+HUBER_C = 0.001
+# What LCM-LoRA adapts, in the words of the script.
+TARGETS = [
+    *('to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2'),
+    *(
+        'conv1',
+        'conv2',
+        'conv_shortcut',
+        'downsamplers.0.conv',
+        'upsamplers.0.conv',
+        'time_emb_proj',
+    ),
+]
+KINDS = ('epsilon', 'v_prediction')
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def randomised(tree, seed):
+    """Kernels of norm 1 per output channel; biases and norms' scales around a half."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(x):
+        value = rng.normal(size=x.shape)
+        value = value * np.prod(x.shape[:-1]) ** -0.5 if x.ndim > 1 else 0.5 + 0.2 * value
+        return value.astype(np.float32)
+
+    return jax.tree.map(leaf, tree)
+
+
+@functools.cache
+def base():
+    return randomised(unet_shapes(SPEC), 0)
+
+
+@functools.cache
+def adapter(seed):
+    """As after training: neither factor is zero."""
+    make = functools.partial(lora.init, params=base(), rank=RANK)
+    return randomised(jax.eval_shape(make, jax.random.key(0)), seed)
+
+
+def batch_and_draws():
+    """Six samples; the first steps to time 0, the second from the noisiest solver time."""
+    shape = (6, 4, 4, 4)
+    index = np.array([0, 49, 1, 24, 37, 10])
+    t = 20 * (index + 1) - 1
+    batch = {
+        'z': random(0, *shape),
+        'cond': {'context': random(1, 6, 3, 12)},
+        'null': {'context': random(2, 6, 3, 12)},
+    }
+    w = np.random.default_rng(3).uniform(3, 15, 6).astype(np.float32)
+    return batch, Draws(random(4, *shape), t, np.maximum(t - 20, 0), w), index
+
+
+def ours(kind, distance):
+    """-> jitted (student adapter, target adapter) -> loss, gradient by the student's."""
+    batch, draws, _ = batch_and_draws()
+
+    def teacher(z, t, context):
+        return UNet(SPEC).apply({'params': base()}, z, t, context)
+
+    def loss(student, target):
+        nets = (lora.apply(teacher, ab, ALPHA / RANK) for ab in (student, target))
+        return lcm_loss(
+            *nets,
+            teacher,
+            batch,
+            draws,
+            schedule(),
+            solver=samplers.ddim(),
+            kind=kind,
+            distance=distance,
+            huber_c=HUBER_C,
+        )
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@functools.cache
+def compiled(kind, distance):
+    return ours(kind, distance)
+
+
+def peer(adapters):
+    """diffusers' UNet with our parameters and, by name, peft adapters with ours."""
+    unet = diffusers.UNet2DConditionModel.from_config(configs.unet_config(SPEC, 8))
+    tensors = {k: torch.tensor(x) for k, x in weights.dump(base()).items()}
+    unet.load_state_dict(tensors, strict=True)
+    unet.requires_grad_(False)
+    for name in adapters:
+        unet.add_adapter(
+            peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS), adapter_name=name
+        )
+    parameters = dict(unet.named_parameters())
+    for name, ab in adapters.items():
+        for (path, leaf), key, perm in factors(ab, name):
+            assert parameters[key].shape == np.transpose(ab[path][leaf], perm).shape
+            parameters[key].data = torch.tensor(np.transpose(ab[path][leaf], perm))
+    # every factor of peft's is one of ours
+    lora_keys = {k for k in parameters if '.lora_' in k}
+    assert lora_keys == {key for name, ab in adapters.items() for _, key, _ in factors(ab, name)}
+    return unet
+
+
+def factors(ab, name):
+    """[((path, leaf), peft's parameter name, permutation to peft's axes)]."""
+    for path, pair in ab.items():
+        key, perm = weights.theirs(path, pair['down'].ndim)
+        for leaf, side in (('down', 'lora_A'), ('up', 'lora_B')):
+            yield (path, leaf), f'{key.removesuffix(".weight")}.{side}.{name}.weight', perm
+
+
+class DDIMSolver:
+    """The script's."""
+
+    def __init__(self, alpha_cumprods, timesteps=1000, ddim_timesteps=50):
+        ratio = timesteps // ddim_timesteps
+        self.ddim_timesteps = np.arange(1, ddim_timesteps + 1) * ratio - 1
+        prev = [alpha_cumprods[0], *alpha_cumprods[self.ddim_timesteps[:-1]]]
+        self.prev = torch.tensor(np.asarray(prev))
+        self.ddim_timesteps = torch.tensor(self.ddim_timesteps)
+
+    def step(self, pred_x0, pred_noise, index):
+        prev = append_dims(self.prev[index], pred_x0.ndim)
+        return prev.sqrt() * pred_x0 + (1 - prev).sqrt() * pred_noise
+
+
+def append_dims(x, ndim):
+    return x[(..., *(None,) * (ndim - x.ndim))]
+
+
+def scalings_for_boundary_conditions(timestep, sigma_data=0.5, timestep_scaling=10.0):
+    scaled = timestep_scaling * timestep
+    c_skip = sigma_data**2 / (scaled**2 + sigma_data**2)
+    c_out = scaled / (scaled**2 + sigma_data**2) ** 0.5
+    return append_dims(c_skip, 4), append_dims(c_out, 4)
+
+
+def theirs(kind, distance, student, target):
+    """The script's steps 2 to 11 -> loss, {(path, leaf): gradient in our layout}."""
+    adapters = {'student': student} | ({} if target is student else {'target': target})
+    unet = peer(adapters)
+    batch, draws, index = batch_and_draws()
+    latents, noise, w = (torch.tensor(x) for x in (batch['z'], draws.noise, draws.w))
+    latents, noise = (x.permute(0, 3, 1, 2) for x in (latents, noise))
+    w, index = append_dims(w, 4), torch.tensor(index)
+    cond, null = (torch.tensor(batch[k]['context']) for k in ('cond', 'null'))
+
+    noise_scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear'
+    )
+    abar = noise_scheduler.alphas_cumprod
+    solver = DDIMSolver(abar.numpy())
+    start_timesteps = solver.ddim_timesteps[index]
+    timesteps = start_timesteps - 1000 // 50
+    timesteps = torch.where(timesteps < 0, torch.zeros_like(timesteps), timesteps)
+    c_skip_start, c_out_start = scalings_for_boundary_conditions(start_timesteps)
+    c_skip, c_out = scalings_for_boundary_conditions(timesteps)
+
+    def predicted(output, t, sample):
+        alpha, sigma = append_dims(abar[t].sqrt(), 4), append_dims((1 - abar[t]).sqrt(), 4)
+        if kind == 'epsilon':
+            return (sample - sigma * output) / alpha, output
+        return alpha * sample - sigma * output, alpha * output + sigma * sample
+
+    noisy = noise_scheduler.add_noise(latents, noise, start_timesteps)
+    unet.set_adapter('student')
+    pred_x0, _ = predicted(unet(noisy, start_timesteps, cond).sample, start_timesteps, noisy)
+    model_pred = c_skip_start * noisy + c_out_start * pred_x0
+    with torch.no_grad():
+        unet.disable_adapters()  # the teacher
+        cond_x0, cond_noise = predicted(
+            unet(noisy, start_timesteps, cond).sample, start_timesteps, noisy
+        )
+        null_x0, null_noise = predicted(
+            unet(noisy, start_timesteps, null).sample, start_timesteps, noisy
+        )
+        x0 = cond_x0 + w * (cond_x0 - null_x0)
+        eps = cond_noise + w * (cond_noise - null_noise)
+        x_prev = solver.step(x0, eps, index)
+        unet.enable_adapters()
+        unet.set_adapter('student' if target is student else 'target')
+        x0, _ = predicted(unet(x_prev, timesteps, cond).sample, timesteps, x_prev)
+        goal = c_skip * x_prev + c_out * x0
+    unet.set_adapter('student')
+    if distance == 'l2':
+        loss = F.mse_loss(model_pred, goal)
+    else:
+        loss = torch.mean(torch.sqrt((model_pred - goal) ** 2 + HUBER_C**2) - HUBER_C)
+    loss.backward()
+    parameters = dict(unet.named_parameters())
+    gradient = {
+        where: np.transpose(parameters[key].grad.numpy(), np.argsort(perm))
+        for where, key, perm in factors(student, 'student')
+    }
+    return loss.item(), gradient
+
+
+def relative(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.mark.parametrize('target', ['student', 'ema'])
+@pytest.mark.parametrize('distance', DISTANCES)
+@pytest.mark.parametrize('kind', KINDS)
+def test_loss_and_gradients_are_the_reference_scripts(kind, distance, target):
+    student = adapter(1)
+    goal = student if target == 'student' else adapter(2)
+    loss, gradient = compiled(kind, distance)(student, goal)
+    want_loss, want = theirs(kind, distance, student, goal)
+    assert len(want) == 2 * len(student)
+    errors = [relative(gradient[path][leaf], g) for (path, leaf), g in want.items()]
+    difference = abs(float(loss) - want_loss) / want_loss
+    print(
+        f'{kind}, {distance}, target = {target}: loss {want_loss:.6g}, relative difference '
+        f'{difference:.1e}; {len(errors)} gradients, largest {max(errors):.1e}'
+    )
+    assert difference < TOLERANCE
+    assert max(errors) < TOLERANCE
+
+
+def test_no_gradient_reaches_the_target():
+    batch, draws, _ = batch_and_draws()
+
+    def net(scale):
+        return lambda z, t, context: scale * jnp.tanh(z + context.mean())
+
+    def loss(student, target, teacher):
+        return lcm_loss(
+            *map(net, (student, target, teacher)),
+            batch,
+            draws,
+            schedule(),
+            solver=samplers.ddim(),
+            kind='epsilon',
+            distance='l2',
+            huber_c=0,
+        )
+
+    student, target, teacher = jax.jit(jax.grad(loss, (0, 1, 2)))(1.0, 1.0, 1.0)
+    assert student != 0 and target == 0 and teacher == 0
+
+
+def test_the_consistency_function_is_the_identity_at_time_zero():
+    z = random(0, 2, 4, 4, 4)
+    f = consistency(lambda z, t: 7 * z, 'epsilon', schedule())
+    np.testing.assert_array_equal(f(z, jnp.zeros(2, jnp.int32)), z)
+
+
+@functools.cache
+def many_draws():
+    """-> draws of samples 0..3999."""
+    return drawn(np.arange(4000))
+
+
+@functools.partial(jax.jit, static_argnames='steps')
+def drawn(indices, steps=50, key=0):
+    key = jax.random.key(key)
+    return draw(key, indices, (2, 2, 4), steps=steps, total=1000, w_range=(5.0, 15.0))
+
+
+def test_draws_cover_the_solver_times_and_the_guidance_range():
+    draws = many_draws()
+    assert sorted(set(draws.t.tolist())) == list(range(19, 1000, 20))
+    np.testing.assert_array_equal(draws.s, np.maximum(draws.t - 20, 0))
+    assert draws.s[draws.t == 19].tolist() == [0] * int((draws.t == 19).sum())
+    assert 5 <= draws.w.min() < 5.1 and 14.9 < draws.w.max() < 15
+    assert abs(draws.w.mean() - 10) < 0.2 and abs(draws.t.mean() - 509) < 15
+    assert abs(draws.noise.mean()) < 0.01 and abs(draws.noise.std() - 1) < 0.01
+    few = drawn(np.arange(4000), steps=4)
+    assert sorted(set(few.t.tolist())) == [249, 499, 749, 999]
+    assert sorted(set(few.s.tolist())) == [0, 249, 499, 749]
+
+
+def test_a_samples_draw_is_its_own():
+    """Whatever the batch around it, and another one with another key."""
+    some = np.array([17, 3, 3999])
+    same = jax.tree.map(lambda x: x[some], many_draws())
+    jax.tree.map(np.testing.assert_array_equal, drawn(some), same)
+    assert np.abs(drawn(some, key=1).noise - drawn(some).noise).min() > 0
+    noise = many_draws().noise.reshape(4000, -1)
+    assert len(np.unique(noise[:, 0])) > 3990

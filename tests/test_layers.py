@@ -1,0 +1,30 @@
+"""The layers' own ways of computing, against XLA's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from lcm_jax.models.layers import conv3
+
+
+@pytest.mark.parametrize('strides', [1, 2])
+@pytest.mark.parametrize('shape', [(2, 5, 4, 6), (1, 1, 1, 6), (1, 9, 8, 6)])
+def test_conv_equals_xla(shape, strides):
+    """Small pictures, where CPUs take a matrix product, and one that is larger than the kernel."""
+    x, layer = jax.random.normal(jax.random.key(0), shape), conv3(48, strides=strides)
+    params = layer.init(jax.random.key(1), x)['params']
+
+    def direct(params, x):
+        return params['bias'] + lax.conv_general_dilated(
+            x, params['kernel'], (strides, strides), ((1, 1), (1, 1)),
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+    def with_gradients(fn):
+        out, vjp = jax.vjp(fn, params, x)
+        return out, vjp(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    ours = jax.jit(with_gradients, static_argnums=0)(lambda p, x: layer.apply({'params': p}, x))
+    theirs = jax.jit(with_gradients, static_argnums=0)(direct)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, theirs)

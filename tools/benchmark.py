@@ -1,0 +1,173 @@
+"""Times our programs beside diffusers' with the same random weights, in turns, in one process.
+
+    python tools/benchmark.py unet --peer diffusers    # SD 1.5's UNet, 512 px, batch 1, float32
+
+Prints seconds (median and least), their ratio, the largest difference of the outputs relative to the
+largest output, and what the compiler says of our program. CPU seconds count both sides' threads:
+they hold on a busy machine, where wall-clock seconds do not. SD 1.5 in float32 needs 11 GB of memory.
+"""
+
+import argparse
+import gc
+import resource
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax import weights
+from lcm_jax.models import configs, shapes
+from lcm_jax.models.unet import UNet
+from lcm_jax.models.zoo import MODELS
+
+TOKENS = 77  # of text context
+
+
+class Case(NamedTuple):
+    """A thing to time: two calls that wait for their result and return it as one NHWC array."""
+
+    ours: callable
+    peer: callable  # or None
+    compiled: jax.stages.Compiled
+
+
+def compiled_call(fn, *args):
+    """Compile fn for args -> (call, compiled), with the seconds it took printed."""
+    start = time.perf_counter()
+    compiled = jax.jit(fn).lower(*args).compile()
+    print(f'compiled in {time.perf_counter() - start:.1f} s')
+    return lambda: jax.block_until_ready(compiled(*args)), compiled
+
+
+def random_weights(abstract, rng):
+    """Without a peer: kernels of variance 1 / fan-in, all else 0."""
+    def draw(x):
+        if x.ndim == 1:
+            return jnp.zeros(x.shape, x.dtype)
+        scale = np.prod(x.shape[:-1]) ** -0.5
+        return jnp.asarray(rng.standard_normal(x.shape, np.float32) * scale, x.dtype)
+    return jax.tree.map(draw, abstract)
+
+
+def unet(args):
+    """One forward pass of the UNet."""
+    model, rng = MODELS[args.model], np.random.default_rng(0)
+    spec, side = model.unet, args.size // model.vae.factor
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    inputs = {'z': normal(args.batch, side, side, spec.in_channels),
+              't': np.linspace(999, 1, args.batch, dtype=np.float32),
+              'context': normal(args.batch, TOKENS, spec.context_dim)}
+    if spec.pooled_dim:
+        inputs['pooled'] = normal(args.batch, spec.pooled_dim)
+        inputs['sizes'] = np.tile(np.float32([args.size, args.size, 0, 0] + [args.size] * 2),
+                                  (args.batch, 1))
+    abstract, peer = shapes.unet_shapes(spec, args.dtype), None
+    if args.peer == 'diffusers':
+        import diffusers
+        net, tensors = torch_model(diffusers.UNet2DConditionModel,
+                                   configs.unet_config(spec, side), args.dtype)
+        params = jax.device_put(weights.load(abstract, tensors, 'the random UNet'))
+        peer = unet_peer(net, inputs, args.dtype)
+        del tensors
+    else:
+        params = random_weights(abstract, rng)
+    keep = ('t', 'sizes')  # precision follows the data; numbers with a unit stay in float32
+    inputs = {k: jnp.asarray(x, jnp.float32 if k in keep else args.dtype) for k, x in inputs.items()}
+    run, compiled = compiled_call(
+        lambda params, inputs: UNet(spec).apply({'params': params}, **inputs), params, inputs)
+    return Case(run, peer, compiled)
+
+
+def torch_model(cls, config, dtype):
+    """A random model of diffusers' class and its tensors, as numpy views where numpy has the dtype."""
+    import torch
+
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    net = cls(**config).to(getattr(torch, dtype)).eval()
+    tensors = {k: x.float().numpy() for k, x in net.state_dict().items()}
+    return net.to('cuda' if jax.default_backend() == 'gpu' else 'cpu'), tensors
+
+
+def unet_peer(net, inputs, dtype):
+    """The call of a diffusers UNet on our inputs."""
+    import torch
+
+    tensors = {k: torch.tensor(x, device=net.device) for k, x in inputs.items()}
+    z, context = (tensors[k].to(net.dtype) for k in ('z', 'context'))
+    z = z.movedim(-1, 1).contiguous()
+    added = 'pooled' in tensors and {'text_embeds': tensors['pooled'].to(net.dtype),
+                                     'time_ids': tensors['sizes']}
+
+    def run():
+        out = net(z, tensors['t'], context, added_cond_kwargs=added or None).sample
+        return out.float().movedim(1, -1).cpu().numpy()
+
+    return run
+
+
+def in_turns(calls, repeat):
+    """{name: call} -> {name: ([wall seconds], [CPU seconds])}, after one call of each to warm up."""
+    seconds = {name: ([], []) for name in calls}
+    for i in range(repeat + 1):
+        for name, call in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            if i:
+                seconds[name][0].append(time.perf_counter() - wall)
+                seconds[name][1].append(time.process_time() - cpu)
+    return seconds
+
+
+def report(case, repeat):
+    """Time the case and print the table."""
+    gc.collect()
+    ours = np.asarray(case.ours(), np.float32)
+    if case.peer:
+        theirs = case.peer()
+        error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+        print(f'largest difference {error:.1e} of the largest output')
+    calls = {'lcm_jax': case.ours} | ({'diffusers': case.peer} if case.peer else {})
+    seconds = in_turns(calls, repeat)
+    print(f'{"":10}  {"median s":>8}  {"least s":>8}  {"CPU s":>8}')
+    rows = {name: (statistics.median(w), min(w), statistics.median(c)) for name, (w, c) in seconds.items()}
+    for name, row in rows.items():
+        print(f'{name:10}  ' + '  '.join(f'{x:8.3f}' for x in row))
+    if case.peer:
+        ratio = [a / b for a, b in zip(rows['lcm_jax'], rows['diffusers'], strict=True)]
+        print(f'{"ratio":10}  ' + '  '.join(f'{x:8.2f}' for x in ratio))
+    cost, memory = case.compiled.cost_analysis(), case.compiled.memory_analysis()
+    print(f'our program: {cost["flops"] / 1e9:.0f} GFLOP and {cost["bytes accessed"] / 1e9:.1f} GB moved '
+          f'(the compiler counts a loop\'s body once), {memory.temp_size_in_bytes / 2**20:.0f} MiB of '
+          f'temporaries; peak memory of this process '
+          f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB')
+
+
+CASES = {'unet': unet}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('case', choices=CASES)
+    parser.add_argument('--model', default='sd15', choices=MODELS)
+    parser.add_argument('--size', type=int, default=512, help='side of the picture, px')
+    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
+    parser.add_argument('--peer', default='none', choices=('diffusers', 'none'))
+    parser.add_argument('--repeat', type=int, default=5, help='timed calls of each side, in turns')
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(f'{args.case}, {args.model}, {args.size} px, batch {args.batch}, {args.dtype}, '
+          f'on {device.device_kind} ({device.platform})')
+    report(CASES[args.case](args), args.repeat)
+
+
+if __name__ == '__main__':
+    main()
