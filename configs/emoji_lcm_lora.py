@@ -12,12 +12,12 @@ def get_config():
     default = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(default)
     c = default.get_config()
-    c.lora.rank = 16
-    c.lora.alpha = 16.0
+    c.lora.rank = 32
+    c.lora.alpha = 32.0
     c.distill.w_min = 2.0
     c.distill.w_max = 4.0
-    c.train.steps = 4000
-    c.train.batch = 32
+    c.train.steps = 2000
+    c.train.batch = 16
     c.train.lr = 1e-3
     c.train.warmup = 50
     c.train.decay = True

@@ -74,10 +74,11 @@ def read_tree(folder):
 
 def dtype_of(tensors, source):
     """The one dtype of a file's weights. InputError if there are several."""
-    first, *rest = {x.dtype for key, x in tensors.items() if not weights.BUFFERS.fullmatch(key)}
-    if rest:
-        raise InputError(f'{source} holds both {first} and {rest[0]}; choose a dtype of the two')
-    return first
+    dtypes = {x.dtype for key, x in tensors.items() if not weights.BUFFERS.fullmatch(key)}
+    if len(dtypes) > 1:
+        both = ' and '.join(sorted(map(str, dtypes)))
+        raise InputError(f'{source} holds both {both}; choose one dtype')
+    return dtypes.pop() if dtypes else jnp.float32
 
 
 def factors(file):
@@ -142,13 +143,8 @@ def convert_lora(file, out, model='emoji', dialect='kohya'):
     _, (down, _, alpha), _ = factors(file)
     alphas = {float(x) for x in alpha.values()}
     alpha = float(alphas.pop() if len(alphas) == 1 else max(x.shape[0] for x in down.values()))
-    half = {x.dtype for x in down.values()} == {np.dtype(np.float16)}
-    # What describes the old form is said anew; the rest (recipe, title, ...) is kept.
-    kept = {
-        key: value
-        for key, value in metadata.items()
-        if not key.startswith(('format', 'ss_network_', 'sshs_', lora_io.PEFT_METADATA))
-    }
-    dtype = np.float16 if half else np.float32
+    dtype = np.float16 if all(x.dtype == np.float16 for x in down.values()) else np.float32
+    anew = 'format', 'ss_network_', 'sshs_', lora_io.PEFT_METADATA  # these describe the old form
+    kept = {key: value for key, value in metadata.items() if not key.startswith(anew)}
     lora_io.write_lora(out, lora, alpha=alpha, dialect=dialect, dtype=dtype, metadata=kept)
     return f'wrote {out}: {len(lora)} modules in the {dialect} dialect'

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.diffusion import alpha_sigma, boundary, denoiser, expand, guided
+from lcm_jax.errors import InputError, choose
 
 DISTANCES = {
     'l2': lambda a, b, c: (a - b) ** 2,
@@ -29,8 +30,10 @@ def draw(key, indices, shape, *, steps, total, w_range):
     """Draws for the samples numbered `indices` [B]: each one's own, whatever the batch around it.
 
     t is one of `steps` solver times k i - 1, i = 1..steps, k = total // steps; w is uniform in
-    w_range; shape is that of one z.
+    w_range; shape is that of one z. Raises InputError unless 1 <= steps <= total.
     """
+    if not 1 <= steps <= total:
+        raise InputError(f'{steps} solver steps; a schedule of {total} times takes 1 to {total}')
     k = total // steps
 
     def one(index):
@@ -59,10 +62,13 @@ def consistency(net, kind, abar):
 def lcm_loss(student, target, teacher, batch, draws, abar, *, solver, kind, distance, huber_c):
     """-> scalar: distance of f(z_t, t) to the target's f(z_s, s), z_s one guided solver step on.
 
+    student, target, teacher: net(z, t, **cond) -> output; gradients reach the student only.
     batch: {'z': clean latents [B,h,w,C], 'cond': {...}, 'null': {...}} with the conditions of each
     sample and the null conditions, [B,...] each. The teacher runs once for both. `solver` is a
-    Solver, `kind` the networks' prediction type, `distance` a key of DISTANCES.
+    deterministic Solver, `kind` the networks' prediction type, `distance` a key of DISTANCES and
+    huber_c its constant in units of z. Raises InputError for an unknown kind or distance.
     """
+    measure = choose('distance', distance, DISTANCES)
     z0, (noise, t, s, w) = batch['z'], draws
     alpha, sigma = alpha_sigma(abar, t, z0.ndim)
     z_t = alpha * z0 + sigma * noise
@@ -75,4 +81,4 @@ def lcm_loss(student, target, teacher, batch, draws, abar, *, solver, kind, dist
         return consistency(lambda z, t: net(z, t, **batch['cond']), kind, abar)
 
     goal = jax.lax.stop_gradient(f(target)(z_s, s))
-    return jnp.mean(DISTANCES[distance](f(student)(z_t, t), goal, huber_c))
+    return jnp.mean(measure(f(student)(z_t, t), goal, huber_c))

@@ -24,7 +24,12 @@ from lcm_jax.models.vae import VAE
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tree import count
 
-PROMPTS = ('red heart, noto emoji', 'grinning cat, twemoji', 'sun, noto emoji', 'green apple, twemoji')
+PROMPTS = (  # drawn at each checkpoint
+    'red heart, emotion, heart, love, red, noto emoji',
+    'cat face, animal, cat, face, kitten, kitty, pet, twemoji',
+    'strawberry, berry, fruit, noto emoji',
+    'avocado, food, fruit, twemoji',
+)
 
 
 class Cache(NamedTuple):

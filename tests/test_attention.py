@@ -13,7 +13,7 @@ CASES = {  # name: (B, L, M, H, D, causal)
     'one token': (1, 1, 1, 2, 8, False),
     'few tokens, causal': (2, 77, 77, 4, 16, True),
     'few tokens, cross': (2, 65, 7, 4, 16, False),
-    'whole blocks': (1, 2048, 1024, 2, 8, False),
+    'many whole blocks': (1, 4096, 4096, 1, 8, False),
     'a block and a rest': (2, 1201, 1201, 2, 8, False),
     'causal, a block and a rest': (1, 1201, 1201, 2, 8, True),
     'cross, less than a block': (2, 4099, 77, 2, 8, False),
@@ -38,7 +38,7 @@ def with_gradients(q, k, v, g, causal):
     return out, *vjp(g)
 
 
-@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 3e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 3e-6), (jnp.bfloat16, 6e-3)])
 @pytest.mark.parametrize('name', CASES)
 def test_equals_the_reference(name, dtype, tolerance):
     b, l, m, h, d, causal = CASES[name]

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from lcm_jax import lora, samplers, weights
 from lcm_jax.diffusion import schedule
 from lcm_jax.distill import DISTANCES, Draws, consistency, draw, lcm_loss
+from lcm_jax.errors import InputError
 from lcm_jax.models import configs
 from lcm_jax.models.shapes import unet_shapes
 from lcm_jax.models.unet import UNet, UNetSpec
@@ -321,3 +322,14 @@ def test_a_samples_draw_is_its_own():
     assert np.abs(drawn(some, key=1).noise - drawn(some).noise).min() > 0
     noise = many_draws().noise.reshape(4000, -1)
     assert len(np.unique(noise[:, 0])) > 3990
+
+
+@pytest.mark.parametrize('steps', [0, 1001])
+def test_solver_steps_out_of_range_are_refused(steps):
+    with pytest.raises(InputError, match=f'{steps} solver steps; a schedule of 1000 times'):
+        drawn(np.arange(2), steps=steps)
+
+
+def test_an_unknown_distance_is_refused():
+    with pytest.raises(InputError, match=r"unknown distance 'hubert' \(did you mean 'huber'\?\)"):
+        lcm_loss(*[None] * 6, solver=None, kind='epsilon', distance='hubert', huber_c=0)

@@ -37,15 +37,15 @@ def attend(q, k, v, *, causal=False):
 
 def _head(q, k, v, causal):
     """One head: q [L,D], k and v [M,D] -> [L,D], a block of queries at a time."""
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)  # their gradients add up over the blocks
 
     def row(x):
         i, q = x
-        s = jnp.einsum('d,md->m', q, k, preferred_element_type=jnp.float32) * q.size**-0.5
+        s = jnp.einsum('d,md->m', q, k.astype(q.dtype), preferred_element_type=jnp.float32) * q.size**-0.5
         if causal:
             s = jnp.where(jnp.arange(s.size) <= i, s, -jnp.inf)
-        p = jnp.exp(s - lax.stop_gradient(s.max()))
-        out = jnp.einsum('m,md->d', p.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (out / p.sum()).astype(v.dtype)  # D divisions, not M
+        p = jax.nn.softmax(s).astype(q.dtype)
+        return jnp.einsum('m,md->d', p, v.astype(q.dtype))
 
     # The backward pass computes a block's scores again rather than keep them all.
     row = jax.checkpoint(row, prevent_cse=False)

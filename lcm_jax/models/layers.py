@@ -9,12 +9,14 @@ from jax import lax
 
 from lcm_jax.models.attention import attend
 
+LARGE_KERNEL = 2**20  # numbers; below it a product saves no time and costs compilation
+
 
 def _conv(x, kernel, strides, padding, **kwargs):
     """`lax.conv_general_dilated` of x [B,h,w,I] and kernel [a,b,I,O], undilated and of one group.
 
-    XLA's CPU convolution is slow where the kernel outweighs the picture, as in a UNet's coarse
-    levels; a product of matrices is up to 2 times as fast there, 10 times for the gradient of x.
+    XLA's CPU convolution is slow where a large kernel outweighs the picture, as in the coarse levels
+    of SD's UNet; a product of matrices is up to 2 times as fast there, 10 for the gradient of x.
     """
 
     def direct(x, kernel):
@@ -27,7 +29,7 @@ def _conv(x, kernel, strides, padding, **kwargs):
                    for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
         return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
-    if x.size // x.shape[-1] > kernel.shape[-1]:
+    if kernel.size < LARGE_KERNEL or x.size // x.shape[-1] > kernel.shape[-1]:
         return direct(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=product, default=direct)
 
