@@ -1,6 +1,6 @@
 """LCM-LoRA of the shipped emoji teacher.
 
-    python -m lcm_jax.train --config=configs/emoji_lcm_lora.py --workdir=runs/emoji_lcm_lora
+python -m lcm_jax.train --config=configs/emoji_lcm_lora.py --workdir=runs/emoji_lcm_lora
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ def get_config():
     c.lora.alpha = 32.0
     c.distill.w_min = 2.0
     c.distill.w_max = 4.0
-    c.train.steps = 2000
+    c.train.steps = 1500
     c.train.batch = 16
     c.train.lr = 1e-3
     c.train.warmup = 50

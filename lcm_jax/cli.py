@@ -27,8 +27,15 @@ def demo(args):
 def train(args):
     from lcm_jax.train import parse, run
 
-    run(*parse([f'--config={args.config}', f'--workdir={args.workdir}',
-                *(f'--config.{setting}' for setting in args.set)]))
+    run(
+        *parse(
+            [
+                f'--config={args.config}',
+                f'--workdir={args.workdir}',
+                *(f'--config.{setting}' for setting in args.set),
+            ]
+        )
+    )
 
 
 def sample(args):
@@ -43,8 +50,16 @@ def sample(args):
     scales = args.scale + [1.0] * (len(args.lora) - len(args.scale))
     for file, scale in zip(args.lora, scales, strict=True):
         pipe.add_lora(file, scale=scale)
-    pictures = pipe(args.prompt, steps=args.steps, sampler=args.sampler, guidance=args.guidance,
-                    negative=args.negative, seed=args.seed, count=args.count, size=args.size)
+    pictures = pipe(
+        args.prompt,
+        steps=args.steps,
+        sampler=args.sampler,
+        guidance=args.guidance,
+        negative=args.negative,
+        seed=args.seed,
+        count=args.count,
+        size=args.size,
+    )
     save(strip(pictures) if len(pictures) > 1 else pictures[0], args.out)
     print(f'wrote {args.out}')
 
@@ -78,8 +93,11 @@ def lora_convert(args):
 def parser():
     """The command line; every verb sets `run`, the function that does it."""
     main = argparse.ArgumentParser(
-        prog='lcm-jax', description='Few-step Stable Diffusion with LCM-LoRA.', epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog='lcm-jax',
+        description='Few-step Stable Diffusion with LCM-LoRA.',
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verbs = main.add_subparsers(required=True, metavar='VERB')
 
     def verb(run, name, text, group=verbs):
@@ -94,22 +112,40 @@ def parser():
     p = verb(train, 'train', 'distil from a config file (as python -m lcm_jax.train does)')
     p.add_argument('--config', required=True, help='a file such as configs/emoji_lcm_lora.py')
     p.add_argument('--workdir', required=True, help='folder for checkpoints, logs and the LoRA')
-    p.add_argument('--set', nargs='+', action='extend', default=[], metavar='KEY=VALUE',
-                   help='keys of configs/default.py, e.g. train.steps=200')
+    p.add_argument(
+        '--set',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY=VALUE',
+        help='keys of configs/default.py, e.g. train.steps=200',
+    )
 
     p = verb(sample, 'sample', 'draw pictures')
     p.add_argument('prompt')
     p.add_argument('--out', type=Path, default='out.png', help='picture file; default: out.png')
     p.add_argument('--model', default='emoji', help="'emoji' (the default) or a diffusers folder")
-    p.add_argument('--lora', action='append', default=[], metavar='FILE',
-                   help="a LoRA file, or 'lcm' (shipped); repeatable")
-    p.add_argument('--scale', action='append', type=float, default=[],
-                   help='of each --lora, in order; default: 1')
+    p.add_argument(
+        '--lora',
+        action='append',
+        default=[],
+        metavar='FILE',
+        help="a LoRA file, or 'lcm' (shipped); repeatable",
+    )
+    p.add_argument(
+        '--scale',
+        action='append',
+        type=float,
+        default=[],
+        help='of each --lora, in order; default: 1',
+    )
     p.add_argument('--steps', type=positive, help='default: 4 with an acceleration LoRA, else 50')
-    p.add_argument('--sampler',
-                   help='ddim, dpm, dpm++ or lcm; default: as the LoRA needs, lcm or ddim')
-    p.add_argument('--guidance', type=float,
-                   help='1 is none; default: 1 with an acceleration LoRA, else 7.5')
+    p.add_argument(
+        '--sampler', help='ddim, dpm, dpm++ or lcm; default: as the LoRA needs, lcm or ddim'
+    )
+    p.add_argument(
+        '--guidance', type=float, help='1 is none; default: 1 with an acceleration LoRA, else 7.5'
+    )
     p.add_argument('--negative', metavar='PROMPT', help='negative prompt; acts above guidance 1')
     p.add_argument('--seed', type=int, default=0, help='default: 0')
     p.add_argument('--count', type=positive, default=1, help='pictures of the prompt; default: 1')
@@ -118,8 +154,9 @@ def parser():
     p = verb(convert, 'convert', 'convert a diffusers folder to an orbax checkpoint, or back')
     p.add_argument('source', help='a diffusers folder, or a checkpoint that this verb wrote')
     p.add_argument('out', help='folder to write; it must not exist')
-    p.add_argument('--dtype', default='keep',
-                   help='keep (the default), float32, bfloat16 or float16')
+    p.add_argument(
+        '--dtype', default='keep', help='keep (the default), float32, bfloat16 or float16'
+    )
 
     text = 'look into or convert LoRA files'
     group = verbs.add_parser('lora', help=text, description=text)

@@ -59,8 +59,10 @@ def _grouped(tar):
 def _sample(key, parts, file):
     picture = next((parts[e] for e in PICTURE_TYPES if e in parts), None)
     if picture is None or 'txt' not in parts:
-        raise InputError(f'{file}: sample {key!r} has {", ".join(sorted(parts))}; it needs txt and '
-                         f'one of {", ".join(PICTURE_TYPES)}')
+        raise InputError(
+            f'{file}: sample {key!r} has {", ".join(sorted(parts))}; it needs txt and '
+            f'one of {", ".join(PICTURE_TYPES)}'
+        )
     try:
         picture = np.asarray(Image.open(io.BytesIO(picture)).convert('RGB'))
         caption = parts['txt'].decode().strip()
@@ -90,6 +92,6 @@ def shuffled(n, batch, seed):
     def indices(i):
         epoch, at = divmod(i, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(n)
-        return order[at * batch:(at + 1) * batch]
+        return order[at * batch : (at + 1) * batch]
 
     return indices

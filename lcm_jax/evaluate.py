@@ -13,7 +13,6 @@ from lcm_jax.models.clip import ImageEncoder, TextEncoder
 from lcm_jax.pipeline import Pipeline, read_component
 from lcm_jax.train import batched
 
-
 BATCH = 16  # pictures drawn at a time
 
 
@@ -54,7 +53,9 @@ class Features:
         self.size, self.tokenizer = spec.size, pipe.tokenizer
         self._image = jax.jit(lambda x: ImageEncoder(spec).apply({'params': params}, x))
         text, text_params = pipe.text, pipe.params['text_encoder']
-        self._text = jax.jit(lambda ids: TextEncoder(text).apply({'params': text_params}, ids).pooled)
+        self._text = jax.jit(
+            lambda ids: TextEncoder(text).apply({'params': text_params}, ids).pooled
+        )
 
     def images(self, pictures):
         """[N,H,W,3] uint8 -> [N,D] float32."""
@@ -71,8 +72,11 @@ class Features:
 def scores(features, pictures, captions, real):
     """pictures [N,H,W,3], their captions [N], real features [M,D] -> {metric: number}."""
     images, texts = features.images(pictures), features.texts(captions)
-    return {'clip': metrics.clip_score(images, texts), 'retrieval': metrics.retrieval(images, texts),
-            'frechet': metrics.frechet(real, images)}
+    return {
+        'clip': metrics.clip_score(images, texts),
+        'retrieval': metrics.retrieval(images, texts),
+        'frechet': metrics.frechet(real, images),
+    }
 
 
 def table(cells, features, samples, other, *, seed=0, progress=lambda x: x):
@@ -96,10 +100,14 @@ def table(cells, features, samples, other, *, seed=0, progress=lambda x: x):
 
 def markdown(rows):
     """Rows of `table` -> a Markdown table."""
-    lines = ['| | s / picture | CLIP score | retrieval among 100 | Fréchet distance |',
-             '|---|---|---|---|---|']
+    lines = [
+        '| | s / picture | CLIP score | retrieval among 100 | Fréchet distance |',
+        '|---|---|---|---|---|',
+    ]
     for r in rows:
         seconds = '' if r['seconds'] is None else f'{r["seconds"]:.3f}'
-        lines.append(f'| {r["label"]} | {seconds} | {r["clip"]:.1f} | {r["retrieval"]:.2f} | '
-                     f'{r["frechet"]:.2f} |')
+        lines.append(
+            f'| {r["label"]} | {seconds} | {r["clip"]:.1f} | {r["retrieval"]:.2f} | '
+            f'{r["frechet"]:.2f} |'
+        )
     return '\n'.join(lines)

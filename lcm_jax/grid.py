@@ -8,16 +8,27 @@ def grid(rows, columns, cells, *, tile=96, margin=8, label_width=190, font_size=
     """rows [R] str, columns [C] str (may hold newlines), cells [R][C] PIL images -> one picture."""
     font = ImageFont.load_default(font_size)
     head = margin + max(c.count('\n') + 1 for c in columns) * (font_size + 4)
-    size = (label_width + len(columns) * (tile + margin), head + len(rows) * (tile + margin) + margin)
+    size = (
+        label_width + len(columns) * (tile + margin),
+        head + len(rows) * (tile + margin) + margin,
+    )
     out = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(out)
     for j, name in enumerate(columns):
         x = label_width + j * (tile + margin) + tile // 2
-        draw.multiline_text((x, head - 4), name, 'black', font, anchor='md', align='center', spacing=2)
+        draw.multiline_text(
+            (x, head - 4), name, 'black', font, anchor='md', align='center', spacing=2
+        )
     for i, name in enumerate(rows):
         y = head + i * (tile + margin)
-        draw.multiline_text((margin, y + tile // 2), wrap(name, label_width - 2 * margin, font), 'black', font,
-                            anchor='lm', spacing=2)
+        draw.multiline_text(
+            (margin, y + tile // 2),
+            wrap(name, label_width - 2 * margin, font),
+            'black',
+            font,
+            anchor='lm',
+            spacing=2,
+        )
         for j, picture in enumerate(cells[i]):
             x = label_width + j * (tile + margin)
             out.paste(picture.resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
@@ -44,7 +55,9 @@ def strip(pictures, columns=8, margin=4):
     n = -(-len(pictures) // columns)
     out = Image.new('RGB', (columns * (w + margin) + margin, n * (h + margin) + margin), 'white')
     for i, picture in enumerate(pictures):
-        out.paste(picture, (margin + i % columns * (w + margin), margin + i // columns * (h + margin)))
+        out.paste(
+            picture, (margin + i % columns * (w + margin), margin + i // columns * (h + margin))
+        )
     return out
 
 

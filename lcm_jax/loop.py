@@ -45,21 +45,36 @@ def make_step(loss, tx, ema_decay):
     return jax.jit(step, donate_argnums=0)
 
 
-def fit(step, state, frozen, batch_at, key, *, steps, workdir, save_every, log_every=20,
-        on_save=None, label='train'):
+def fit(
+    step,
+    state,
+    frozen,
+    batch_at,
+    key,
+    *,
+    steps,
+    workdir,
+    save_every,
+    log_every=20,
+    on_save=None,
+    label='train',
+):
     """Run `step` until `steps`, from the newest checkpoint in `workdir` if there is one -> State.
 
     batch_at(i) gives the batch of step i. Metrics go to the progress bar and to TensorBoard in
     `workdir`; on_save(i, state, writer) is called after each checkpoint and at the end.
     """
     workdir = Path(workdir).resolve()
-    manager = ocp.CheckpointManager(workdir / 'checkpoints',
-                                    options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    manager = ocp.CheckpointManager(
+        workdir / 'checkpoints', options=ocp.CheckpointManagerOptions(max_to_keep=2)
+    )
     if manager.latest_step() is not None:
         state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     start = int(state.step)
-    with SummaryWriter(str(workdir)) as writer, \
-            tqdm(total=steps, initial=start, desc=label, unit='it', mininterval=1) as bar:
+    with (
+        SummaryWriter(str(workdir)) as writer,
+        tqdm(total=steps, initial=start, desc=label, unit='it', mininterval=1) as bar,
+    ):
         for i in range(start, steps):
             state, metrics = step(state, frozen, batch_at(i), key)
             bar.update()

@@ -36,7 +36,9 @@ def retrieval(images, texts, among=100, seed=0):
 def frechet(real, fake):
     """Fréchet distance of the Gaussians fitted to two feature sets (FID, arXiv 1706.08500, eq. 6)."""
     if min(len(real), len(fake)) < 2:
-        raise InputError(f'a Fréchet distance needs two rows of each; there are {len(real)} and {len(fake)}')
+        raise InputError(
+            f'a Fréchet distance needs two rows of each; there are {len(real)} and {len(fake)}'
+        )
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
     mean = np.sum((real.mean(0) - fake.mean(0)) ** 2)
     a, b = np.cov(real, rowvar=False), np.cov(fake, rowvar=False)

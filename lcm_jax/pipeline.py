@@ -35,15 +35,20 @@ COMPONENTS = {
 }
 # Keys of scheduler_config.json with the only values that `schedule` computes.
 SCHEDULER_ONLY = {
-    'trained_betas': (None,), 'rescale_betas_zero_snr': (False,), 'thresholding': (False,)}
+    'trained_betas': (None,),
+    'rescale_betas_zero_snr': (False,),
+    'thresholding': (False,),
+}
 
 
 def model_folder(name):
     """A shipped model's name or a diffusers folder -> the folder. InputError if it is neither."""
     folder = Path(MODELS.get(str(name), name))
     if not (folder / 'model_index.json').is_file():
-        raise InputError(f'{str(name)!r} is neither a shipped model ({", ".join(MODELS)})'
-                         f'{nearest(name, MODELS)} nor a diffusers folder: no model_index.json')
+        raise InputError(
+            f'{str(name)!r} is neither a shipped model ({", ".join(MODELS)})'
+            f'{nearest(name, MODELS)} nor a diffusers folder: no model_index.json'
+        )
     return folder
 
 
@@ -113,12 +118,22 @@ class Pipeline:
         grid = weights.read_json(folder / 'unet' / 'config.json').get('sample_size') or 64
         height, width = grid if isinstance(grid, list) else (grid, grid)
         return cls(
-            folder, specs['unet'], specs['vae'], specs['text_encoder'], params,
+            folder,
+            specs['unet'],
+            specs['vae'],
+            specs['text_encoder'],
+            params,
             Tokenizer(folder / 'tokenizer'),
-            schedule(noise['beta_schedule'], noise['beta_start'], noise['beta_end'],
-                     noise['num_train_timesteps']),
+            schedule(
+                noise['beta_schedule'],
+                noise['beta_start'],
+                noise['beta_end'],
+                noise['num_train_timesteps'],
+            ),
             kind,
-            (height * specs['vae'].factor, width * specs['vae'].factor), params['unet'])
+            (height * specs['vae'].factor, width * specs['vae'].factor),
+            params['unet'],
+        )
 
     def net(self, params, z, t, context):
         """The UNet with these parameters: z [B,h,w,C], t [B], context [B,L,D] -> [B,h,w,C]."""
@@ -144,12 +159,16 @@ class Pipeline:
         """
         name = name or Path(file).stem
         if name in self.adapters:
-            raise InputError(f'a LoRA named {name!r} is loaded already; give it another name than '
-                             f'{", ".join(self.adapters)}')
+            raise InputError(
+                f'a LoRA named {name!r} is loaded already; give it another name than '
+                f'{", ".join(self.adapters)}'
+            )
         path = Path(LORAS.get(str(file), file))
         if not path.is_file():
-            raise InputError(f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
-                             f'{nearest(file, LORAS)} nor a file')
+            raise InputError(
+                f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
+                f'{nearest(file, LORAS)} nor a file'
+            )
         lora, metadata = read_lora(path, self.params['unet'])
         accelerates = metadata.get('lcm_jax.accelerates') == 'true' or 'lcm' in name.lower()
         self.adapters[name] = Adapter(jax.tree.map(jnp.asarray, lora), scale, accelerates)
@@ -177,8 +196,20 @@ class Pipeline:
         for lora, scale, _ in self.adapters.values():
             self.merged = _merge(self.merged, lora, float(scale))
 
-    def __call__(self, prompt, *, steps=None, sampler=None, guidance=None, negative=None, seed=0,
-                 count=1, size=None, latents=None, timesteps=None):
+    def __call__(
+        self,
+        prompt,
+        *,
+        steps=None,
+        sampler=None,
+        guidance=None,
+        negative=None,
+        seed=0,
+        count=1,
+        size=None,
+        latents=None,
+        timesteps=None,
+    ):
         """Draw `count` pictures of each prompt -> list of PIL images, prompt by prompt.
 
         prompt: str or list of str; negative: str, used only when guidance > 1.
@@ -192,19 +223,24 @@ class Pipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or count < 1:
-            raise InputError(f'nothing to draw: {len(prompts)} prompts, count = {count}; '
-                             'both must be 1 or more')
+            raise InputError(
+                f'nothing to draw: {len(prompts)} prompts, count = {count}; both must be 1 or more'
+            )
         if not 0 <= seed < 2**32:
             raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
         fast = any(a.accelerates and a.scale for a in self.adapters.values())
         sampler = sampler or ('lcm' if fast else 'ddim')
         guidance = float((1 if fast else 7.5) if guidance is None else guidance)
         if fast and guidance > 2:
-            warnings.warn(f'guidance {guidance:g} with an acceleration LoRA burns pictures; '
-                          'use 1 to 2', stacklevel=2)
+            warnings.warn(
+                f'guidance {guidance:g} with an acceleration LoRA burns pictures; use 1 to 2',
+                stacklevel=2,
+            )
         if negative and guidance <= 1:
-            warnings.warn(f'the negative prompt has no effect at guidance {guidance:g}; '
-                          'it acts above 1', stacklevel=2)
+            warnings.warn(
+                f'the negative prompt has no effect at guidance {guidance:g}; it acts above 1',
+                stacklevel=2,
+            )
         if timesteps is None:
             steps = (4 if sampler == 'lcm' else 50) if steps is None else steps
             times = samplers.times(sampler, steps, len(self.abar))
@@ -220,8 +256,15 @@ class Pipeline:
         if guidance > 1:
             null = self.encode_text([negative or ''])
             context = jnp.concatenate([context, jnp.broadcast_to(null, context.shape)])
-        pictures = self.draw(self.merged, jnp.asarray(latents, jnp.float32), context, times, keys,
-                             guidance, sampler=sampler)
+        pictures = self.draw(
+            self.merged,
+            jnp.asarray(latents, jnp.float32),
+            context,
+            times,
+            keys,
+            guidance,
+            sampler=sampler,
+        )
         return [Image.fromarray(p) for p in np.asarray(pictures)]
 
     def draw(self, unet_params, latents, context, times, keys, guidance, *, sampler):
@@ -229,9 +272,20 @@ class Pipeline:
 
         One program per sampler, shapes and number of steps; everything else is traced.
         """
-        return _draw(self.unet, self.vae, self.prediction_type, sampler, unet_params,
-                     self.params['vae'], self.abar, latents, context, jnp.asarray(times), keys,
-                     guidance)
+        return _draw(
+            self.unet,
+            self.vae,
+            self.prediction_type,
+            sampler,
+            unet_params,
+            self.params['vae'],
+            self.abar,
+            latents,
+            context,
+            jnp.asarray(times),
+            keys,
+            guidance,
+        )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -250,8 +304,9 @@ def _keys(seed, n):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw(unet, vae, kind, sampler, unet_params, vae_params, abar, latents, context, times, keys,
-          guidance):
+def _draw(
+    unet, vae, kind, sampler, unet_params, vae_params, abar, latents, context, times, keys, guidance
+):
     def net(z, t):
         return UNet(unet).apply({'params': unet_params}, z.astype(context.dtype), t, context)
 

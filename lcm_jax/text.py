@@ -17,8 +17,10 @@ class Tokenizer:
 
         folder = Path(folder)
         if not any(all((folder / file).is_file() for file in files) for files in FILES):
-            raise InputError(f'{folder} is not a CLIP tokenizer folder; it needs '
-                             f'{" or ".join(" and ".join(files) for files in FILES)}')
+            raise InputError(
+                f'{folder} is not a CLIP tokenizer folder; it needs '
+                f'{" or ".join(" and ".join(files) for files in FILES)}'
+            )
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(str(folder))
         except Exception as e:  # the tokenizers library raises bare Exception for a bad file
@@ -28,10 +30,13 @@ class Tokenizer:
     def __call__(self, prompts):
         """[B] str -> ids [B,length] int32. Raises InputError for a prompt that is too long."""
         out = []
-        for prompt, ids in zip(prompts, self.tokenizer(list(prompts), verbose=False).input_ids,
-                               strict=True):
+        for prompt, ids in zip(
+            prompts, self.tokenizer(list(prompts), verbose=False).input_ids, strict=True
+        ):
             if len(ids) > self.length:
-                raise InputError(f'prompt of {len(ids)} tokens (start and end included); this '
-                                 f'model takes at most {self.length}: {prompt!r}')
+                raise InputError(
+                    f'prompt of {len(ids)} tokens (start and end included); this '
+                    f'model takes at most {self.length}: {prompt!r}'
+                )
             out.append(ids + [self.tokenizer.pad_token_id] * (self.length - len(ids)))
         return np.asarray(out, np.int32)

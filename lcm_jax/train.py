@@ -45,7 +45,7 @@ def batched(fn, x, batch=64):
     """fn over the rows of x in batches of one shape -> numpy tree."""
     padded = np.concatenate([x, np.repeat(x[:1], -len(x) % batch, 0)])
     parts = [jax.tree.map(np.asarray, fn(b)) for b in np.split(padded, len(padded) // batch)]
-    return jax.tree.map(lambda *ys: np.concatenate(ys)[:len(x)], *parts)
+    return jax.tree.map(lambda *ys: np.concatenate(ys)[: len(x)], *parts)
 
 
 def encode_pictures(spec, params, pictures):
@@ -63,9 +63,12 @@ def encode_captions(spec, params, tokenizer, captions):
 
 def encode(pipe, samples):
     """[Sample] -> Cache on the device, by the pipeline's own VAE and text encoder."""
-    mean, std = encode_pictures(pipe.vae, pipe.params['vae'], np.stack([s.picture for s in samples]))
-    context = encode_captions(pipe.text, pipe.params['text_encoder'], pipe.tokenizer,
-                              [*(s.caption for s in samples), ''])
+    mean, std = encode_pictures(
+        pipe.vae, pipe.params['vae'], np.stack([s.picture for s in samples])
+    )
+    context = encode_captions(
+        pipe.text, pipe.params['text_encoder'], pipe.tokenizer, [*(s.caption for s in samples), '']
+    )
     return Cache(*map(jnp.asarray, (mean, std, context[:-1], context[-1])))
 
 
@@ -75,32 +78,82 @@ def make_loss(pipe, *, scale, target, solver_steps, w_range, distance, huber_c):
     Student and target are the base with an adapter, the teacher the base alone: one copy of it.
     """
     choose('distance', distance, distill.DISTANCES)
-    pick = choose('target', target, {'student': lambda params, ema: params, 'ema': lambda params, ema: ema})
+    pick = choose(
+        'target', target, {'student': lambda params, ema: params, 'ema': lambda params, ema: ema}
+    )
 
     def loss(params, ema, frozen, samples, key):
         base, cache = frozen
         keys = jax.random.split(key)
-        draws = distill.draw(keys[0], samples, cache.mean.shape[1:], steps=solver_steps,
-                             total=len(pipe.abar), w_range=w_range)
-        posterior = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(keys[1], i), cache.mean.shape[1:]))
-        z = pipe.vae.scaling_factor * (cache.mean[samples] + cache.std[samples] * posterior(samples))
+        draws = distill.draw(
+            keys[0],
+            samples,
+            cache.mean.shape[1:],
+            steps=solver_steps,
+            total=len(pipe.abar),
+            w_range=w_range,
+        )
+        posterior = jax.vmap(
+            lambda i: jax.random.normal(jax.random.fold_in(keys[1], i), cache.mean.shape[1:])
+        )
+        z = pipe.vae.scaling_factor * (
+            cache.mean[samples] + cache.std[samples] * posterior(samples)
+        )
         context = cache.context[samples]
-        batch = {'z': z, 'cond': {'context': context},
-                 'null': {'context': jnp.broadcast_to(cache.null, context.shape)}}
+        batch = {
+            'z': z,
+            'cond': {'context': context},
+            'null': {'context': jnp.broadcast_to(cache.null, context.shape)},
+        }
 
         def teacher(z, t, context):
             return pipe.net(base, z, t, context)
 
         student, goal = (L.apply(teacher, lora, scale) for lora in (params, pick(params, ema)))
-        return distill.lcm_loss(student, goal, teacher, batch, draws, pipe.abar, solver=samplers.ddim(),
-                                kind=pipe.prediction_type, distance=distance, huber_c=huber_c), {}
+        return distill.lcm_loss(
+            student,
+            goal,
+            teacher,
+            batch,
+            draws,
+            pipe.abar,
+            solver=samplers.ddim(),
+            kind=pipe.prediction_type,
+            distance=distance,
+            huber_c=huber_c,
+        ), {}
 
     return loss
 
 
-def distil(pipe, cache, *, rank, alpha, targets, solver_steps, w_min, w_max, distance, huber_c, target,
-           steps, batch, lr, warmup, decay, weight_decay, clip, ema_decay, seed, data_seed, log_every,
-           save_every, weights, workdir):
+def distil(
+    pipe,
+    cache,
+    *,
+    rank,
+    alpha,
+    targets,
+    solver_steps,
+    w_min,
+    w_max,
+    distance,
+    huber_c,
+    target,
+    steps,
+    batch,
+    lr,
+    warmup,
+    decay,
+    weight_decay,
+    clip,
+    ema_decay,
+    seed,
+    data_seed,
+    log_every,
+    save_every,
+    weights,
+    workdir,
+):
     """Distil an adapter from the pipeline's UNet -> adapter with its scale alpha / rank baked in.
 
     The keywords are the keys of configs/default.py. Resumes from `workdir`.
@@ -108,37 +161,78 @@ def distil(pipe, cache, *, rank, alpha, targets, solver_steps, w_min, w_max, dis
     pick = choose('export.weights', weights, {'params': lambda s: s.params, 'ema': lambda s: s.ema})
     base = pipe.params['unet']
     lora = L.init(jax.random.key(seed), base, rank, targets or L.LCM_TARGETS)
-    rate = (optax.warmup_cosine_decay_schedule(0, lr, warmup, steps, lr / 100) if decay else
-            optax.linear_schedule(0, lr, warmup) if warmup else lr)
+    rate = (
+        optax.warmup_cosine_decay_schedule(0, lr, warmup, steps, lr / 100)
+        if decay
+        else optax.linear_schedule(0, lr, warmup)
+        if warmup
+        else lr
+    )
     tx = optax.chain(optax.clip_by_global_norm(clip), optax.adamw(rate, weight_decay=weight_decay))
-    loss = make_loss(pipe, scale=alpha / rank, target=target, solver_steps=solver_steps,
-                     w_range=(w_min, w_max), distance=distance, huber_c=huber_c)
+    loss = make_loss(
+        pipe,
+        scale=alpha / rank,
+        target=target,
+        solver_steps=solver_steps,
+        w_range=(w_min, w_max),
+        distance=distance,
+        huber_c=huber_c,
+    )
     indices = data.shuffled(len(cache.mean), batch, data_seed)
-    print(f'training {count(lora):,} parameters in {len(lora)} modules (rank {rank}) over a frozen '
-          f'base of {count(base):,}; {len(cache.mean)} samples, {steps} steps of {batch}')
+    print(
+        f'training {count(lora):,} parameters in {len(lora)} modules (rank {rank}) over a frozen '
+        f'base of {count(base):,}; {len(cache.mean)} samples, {steps} steps of {batch}'
+    )
 
     def baked(state):
-        return {path: {'down': ab['down'], 'up': ab['up'] * (alpha / rank)} for path, ab in pick(state).items()}
+        return {
+            path: {'down': ab['down'], 'up': ab['up'] * (alpha / rank)}
+            for path, ab in pick(state).items()
+        }
 
     def show(step, state, writer):
         pictures = pipe.with_lora(baked(state))(list(PROMPTS), steps=4, sampler='lcm', guidance=1.0)
-        writer.add_image('four_steps', np.concatenate([np.asarray(p) for p in pictures], 1), step,
-                         dataformats='HWC')
+        writer.add_image(
+            'four_steps',
+            np.concatenate([np.asarray(p) for p in pictures], 1),
+            step,
+            dataformats='HWC',
+        )
 
-    state = loop.fit(loop.make_step(loss, tx, ema_decay), loop.init(lora, tx), (base, cache), indices,
-                     jax.random.key(seed), steps=steps, workdir=workdir, save_every=save_every,
-                     log_every=log_every, on_save=show, label='distil')
+    state = loop.fit(
+        loop.make_step(loss, tx, ema_decay),
+        loop.init(lora, tx),
+        (base, cache),
+        indices,
+        jax.random.key(seed),
+        steps=steps,
+        workdir=workdir,
+        save_every=save_every,
+        log_every=log_every,
+        on_save=show,
+        label='distil',
+    )
     return baked(state)
 
 
 def run(config, workdir):
     """A whole training run from a config -> path of the exported LoRA."""
-    pipe = Pipeline.load(config.model, choose('dtype', config.dtype,
-                                              {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}))
+    pipe = Pipeline.load(
+        config.model,
+        choose('dtype', config.dtype, {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}),
+    )
     samples = data.emoji('train', config.data.styles)
-    train = {k: v for k, v in config.train.items()}
-    lora = distil(pipe, encode(pipe, samples), **config.lora, **config.distill, **train,
-                  data_seed=config.data.seed, weights=config.export.weights, workdir=workdir)
+    train = dict(config.train)
+    lora = distil(
+        pipe,
+        encode(pipe, samples),
+        **config.lora,
+        **config.distill,
+        **train,
+        data_seed=config.data.seed,
+        weights=config.export.weights,
+        workdir=workdir,
+    )
     out = Path(workdir) / 'lcm_lora.safetensors'
     write_lora(out, lora, alpha=config.lora.alpha, metadata=recipe(config.distill))
     print(f'wrote {out}')
@@ -147,9 +241,12 @@ def run(config, workdir):
 
 def recipe(distilled):
     """What a reader of the exported file should know -> safetensors metadata."""
-    return {'lcm_jax.accelerates': 'true', 'lcm_jax.w_min': str(distilled['w_min']),
-            'lcm_jax.w_max': str(distilled['w_max']),
-            'lcm_jax.solver_steps': str(distilled['solver_steps'])}
+    return {
+        'lcm_jax.accelerates': 'true',
+        'lcm_jax.w_min': str(distilled['w_min']),
+        'lcm_jax.w_max': str(distilled['w_max']),
+        'lcm_jax.solver_steps': str(distilled['solver_steps']),
+    }
 
 
 def parse(argv):
@@ -165,8 +262,10 @@ def parse(argv):
                 node = choose('config key', key, node if isinstance(node, ConfigDict) else {})
     config, workdir, extra = parse_flags(argv)
     if extra or not workdir:
-        raise InputError(f'arguments {" ".join(argv)}; give --config=FILE --workdir=DIR and, '
-                         'if you like, --config.KEY=VALUE')
+        raise InputError(
+            f'arguments {" ".join(argv)}; give --config=FILE --workdir=DIR and, '
+            'if you like, --config.KEY=VALUE'
+        )
     return config, workdir
 
 

@@ -80,17 +80,24 @@ def load(abstract, tensors, source='checkpoint'):
     problems = {
         'missing': sorted(want.keys() - have),
         'unexpected': sorted(have - want.keys()),
-        'misshapen': sorted(f'{k} {tuple(tensors[k].shape)} instead of {want[k]}'
-                            for k in have & want.keys() if tuple(tensors[k].shape) != want[k]),
+        'misshapen': sorted(
+            f'{k} {tuple(tensors[k].shape)} instead of {want[k]}'
+            for k in have & want.keys()
+            if tuple(tensors[k].shape) != want[k]
+        ),
     }
     if any(problems.values()):
         said = []
         for what, which in problems.items():
             if which:
                 hint = nearest(which[0], want) if what == 'unexpected' else ''
-                said.append(f'{len(which)} {what}: {", ".join(which[:3])}'
-                            f'{", ..." if len(which) > 3 else ""}{hint}')
-        raise InputError(f'{source} does not fit the model of {len(want)} tensors: {"; ".join(said)}')
+                said.append(
+                    f'{len(which)} {what}: {", ".join(which[:3])}'
+                    f'{", ..." if len(which) > 3 else ""}{hint}'
+                )
+        raise InputError(
+            f'{source} does not fit the model of {len(want)} tensors: {"; ".join(said)}'
+        )
     leaves = []
     for path, x in named(abstract):
         key, perm = theirs(path, x.ndim)

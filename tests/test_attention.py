@@ -44,10 +44,14 @@ def test_equals_the_reference(name, dtype, tolerance):
     b, l, m, h, d, causal = CASES[name]
     rng = np.random.default_rng(0)
     # Scores up to about 30, so that the largest must be taken off before exp in half precision.
-    q, k, v, g = (jnp.asarray(scale * rng.normal(size=(b, n, h, d)), dtype)
-                  for scale, n in ((3, l), (2, m), (1, m), (1, l)))
+    q, k, v, g = (
+        jnp.asarray(scale * rng.normal(size=(b, n, h, d)), dtype)
+        for scale, n in ((3, l), (2, m), (1, m), (1, l))
+    )
     ours = jax.jit(with_gradients, static_argnums=4)(q, k, v, g, causal)
-    for what, x, y in zip(('out', 'dq', 'dk', 'dv'), ours, reference(q, k, v, g, causal), strict=True):
+    for what, x, y in zip(
+        ('out', 'dq', 'dk', 'dv'), ours, reference(q, k, v, g, causal), strict=True
+    ):
         assert x.dtype == dtype
         error = np.abs(np.float64(x) - y).max() / max(np.abs(y).max(), 1e-3)
         print(f'{name}, {dtype.__name__}, {what}: {error:.1e}')

@@ -10,7 +10,9 @@ import lcm_jax
 ROOT = Path(lcm_jax.__file__).parent
 
 # Each line may import only from the lines above it. `lcm_jax` is the package's own __init__.
-LAYERS = [line.split() for line in '''
+LAYERS = [
+    line.split()
+    for line in """
     errors
     tree diffusion data text metrics grid models.attention
     weights lora samplers sharding models.layers
@@ -21,7 +23,8 @@ LAYERS = [line.split() for line in '''
     evaluate
     demo
     cli
-'''.strip().splitlines()]
+""".strip().splitlines()
+]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 NEVER = {'torch', 'torchvision', 'tensorflow', 'diffusers', 'peft', 'accelerate'}
@@ -41,7 +44,9 @@ def imported(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f'{file}:{node.lineno} imports relatively; write the package name'
+            assert not node.level, (
+                f'{file}:{node.lineno} imports relatively; write the package name'
+            )
             yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 

@@ -23,8 +23,12 @@ def test_conv_equals_xla(shape, strides):
 
     def direct(params, x):
         return params['bias'] + lax.conv_general_dilated(
-            x, params['kernel'], (strides, strides), ((1, 1), (1, 1)),
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+            x,
+            params['kernel'],
+            (strides, strides),
+            ((1, 1), (1, 1)),
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
 
     def with_gradients(fn):
         out, vjp = jax.vjp(fn, params, x)

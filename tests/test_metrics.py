@@ -10,9 +10,14 @@ from lcm_jax.errors import InputError
 
 def test_frechet_is_the_definition_in_float64():
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(200, 12)), rng.normal(0.3, 1.5, size=(150, 12)) @ rng.normal(size=(12, 12))
+    a, b = (
+        rng.normal(size=(200, 12)),
+        rng.normal(0.3, 1.5, size=(150, 12)) @ rng.normal(size=(12, 12)),
+    )
     ca, cb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    want = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real)
+    want = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(
+        ca + cb - 2 * scipy.linalg.sqrtm(ca @ cb).real
+    )
     assert metrics.frechet(a, b) == pytest.approx(want, rel=1e-6)
     assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-8)
 
@@ -21,7 +26,9 @@ def test_frechet_with_fewer_rows_than_features():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(10, 32))
     assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-6)
-    assert metrics.frechet(a, a + 1) == pytest.approx(32, rel=1e-6)  # the means differ by one in each axis
+    assert metrics.frechet(a, a + 1) == pytest.approx(
+        32, rel=1e-6
+    )  # the means differ by one in each axis
     with pytest.raises(InputError, match='two rows'):
         metrics.frechet(a[:1], a)
 

@@ -38,7 +38,7 @@ def float32():
 @pytest.fixture(scope='module')
 def both(folder):
     """Our pipeline and diffusers' of one folder."""
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     return Pipeline.load(folder), theirs
 

@@ -23,8 +23,13 @@ def cache(teacher):
 
 
 def run(teacher, cache, workdir, steps, **changes):
-    return train.distil(teacher, cache, steps=steps, workdir=workdir,
-                        **{**RECIPE, 'save_every': 2, 'decay': False, **changes})
+    return train.distil(
+        teacher,
+        cache,
+        steps=steps,
+        workdir=workdir,
+        **{**RECIPE, 'save_every': 2, 'decay': False, **changes},
+    )
 
 
 def test_resumed_run_is_bit_equal(teacher, cache, tmp_path):
@@ -36,7 +41,9 @@ def test_resumed_run_is_bit_equal(teacher, cache, tmp_path):
         for name in ab:
             np.testing.assert_array_equal(ab[name], parts[path][name], err_msg=f'{path} {name}')
     assert any(np.abs(ab['up']).max() > 0 for ab in whole.values())
-    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, teacher.params['unet']))
+    jax.tree.map(
+        np.testing.assert_array_equal, before, jax.tree.map(np.asarray, teacher.params['unet'])
+    )
 
     file = tmp_path / 'lora.safetensors'
     write_lora(file, whole, alpha=RECIPE['alpha'])
@@ -47,21 +54,33 @@ def test_resumed_run_is_bit_equal(teacher, cache, tmp_path):
 
 def test_training_lowers_the_distillation_loss(teacher, cache, tmp_path):
     """The mean loss over fixed draws falls; the shipped LoRA, trained longer, is lower still."""
-    loss = train.make_loss(teacher, scale=1.0, target='student', solver_steps=50, w_range=(2, 4),
-                           distance='huber', huber_c=0.001)
-    value = jax.jit(lambda lora: loss(lora, lora, (teacher.params['unet'], cache),
-                                      np.arange(48), jax.random.key(7))[0])
+    loss = train.make_loss(
+        teacher,
+        scale=1.0,
+        target='student',
+        solver_steps=50,
+        w_range=(2, 4),
+        distance='huber',
+        huber_c=0.001,
+    )
+    value = jax.jit(
+        lambda lora: loss(
+            lora, lora, (teacher.params['unet'], cache), np.arange(48), jax.random.key(7)
+        )[0]
+    )
     trained = run(teacher, cache, tmp_path, 20, batch=16, ema_decay=0.5)
     neutral = {p: {'down': ab['down'], 'up': 0 * ab['up']} for p, ab in trained.items()}
     assert value(trained) < 0.9 * value(neutral)
 
 
 def test_settings_outside_the_tables_are_refused(teacher, cache, tmp_path):
-    for changes, said in (({'distance': 'hubert'}, "did you mean 'huber'"),
-                          ({'target': 'teacher'}, 'student, ema'),
-                          ({'weights': 'best'}, 'params, ema'),
-                          ({'batch': 5000}, 'must not exceed'),
-                          ({'targets': 'to_quack'}, 'to_quack')):
+    for changes, said in (
+        ({'distance': 'hubert'}, "did you mean 'huber'"),
+        ({'target': 'teacher'}, 'student, ema'),
+        ({'weights': 'best'}, 'params, ema'),
+        ({'batch': 5000}, 'must not exceed'),
+        ({'targets': 'to_quack'}, 'to_quack'),
+    ):
         with pytest.raises(InputError, match=said):
             run(teacher, cache, tmp_path, 1, **changes)
 

@@ -16,8 +16,15 @@ from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
 from lcm_jax.models.zoo import MODELS
 
-SMALL = UNetSpec(widths=(8, 16), down=((0,), (1,)), mid=1, up=((1, 1), (0, 0)), heads=(1, 2),
-                 context_dim=6, groups=4)
+SMALL = UNetSpec(
+    widths=(8, 16),
+    down=((0,), (1,)),
+    mid=1,
+    up=((1, 1), (0, 0)),
+    heads=(1, 2),
+    context_dim=6,
+    groups=4,
+)
 VISION = VisionSpec(width=8, layers=1, heads=2, mlp=16, projection=4, size=8, patch=4)
 
 
@@ -35,8 +42,11 @@ def small():
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
 def test_params_to_file_and_back_to_the_last_bit(dtype, tmp_path):
     kind, vae = jnp.dtype(dtype), VAESpec(widths=(8,), resnets=1, groups=4)
-    for abstract in (shapes.unet_shapes(SMALL, kind), shapes.vae_shapes(vae, kind),
-                     shapes.vision_shapes(VISION, kind)):
+    for abstract in (
+        shapes.unet_shapes(SMALL, kind),
+        shapes.vae_shapes(vae, kind),
+        shapes.vision_shapes(VISION, kind),
+    ):
         params = random_params(abstract)
         file = tmp_path / 'new' / 'model.safetensors'
         weights.write_tensors(file, weights.dump(params), {'made': 'here'})
@@ -47,7 +57,9 @@ def test_params_to_file_and_back_to_the_last_bit(dtype, tmp_path):
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(back), strict=True):
             assert b.dtype == dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
         again = weights.dump(back)
-        assert {k: v.tobytes() for k, v in again.items()} == {k: v.tobytes() for k, v in tensors.items()}
+        assert {k: v.tobytes() for k, v in again.items()} == {
+            k: v.tobytes() for k, v in tensors.items()
+        }
         assert [p.name for p in file.parent.iterdir()] == [file.name]  # no partial file left
 
 
@@ -62,7 +74,12 @@ def test_vae_files_of_stable_diffusion_1(tmp_path):
     spec = VAESpec(widths=(8, 16), resnets=1, groups=4)
     params = random_params(shapes.vae_shapes(spec))
     old = weights.dump(params)
-    for new, name in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value'), ('to_out.0', 'proj_attn')):
+    for new, name in (
+        ('to_q', 'query'),
+        ('to_k', 'key'),
+        ('to_v', 'value'),
+        ('to_out.0', 'proj_attn'),
+    ):
         old = {key.replace(f'.{new}.', f'.{name}.'): x for key, x in old.items()}
     assert sum('.query.' in key for key in old) == 4
     jax.tree.map(np.testing.assert_array_equal, weights.load(shapes.vae_shapes(spec), old), params)
@@ -109,7 +126,11 @@ def test_all_at_once(small):
     bad = tensors | {'x': np.zeros(1), 'conv_in.weight': np.zeros(1)}
     del bad['conv_out.bias']
     said = fails(abstract, bad)
-    assert '1 missing: conv_out.bias' in said and '1 unexpected: x' in said and '1 misshapen: conv_in' in said
+    assert (
+        '1 missing: conv_out.bias' in said
+        and '1 unexpected: x' in said
+        and '1 misshapen: conv_in' in said
+    )
 
 
 def test_unreadable_files(small, tmp_path):
@@ -120,7 +141,7 @@ def test_unreadable_files(small, tmp_path):
     weights.write_tensors(file, tensors)
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], 'little')
-    for content in (b'', b'<html>not found</html>', whole[:-1], whole[:header // 2], whole + b'x'):
+    for content in (b'', b'<html>not found</html>', whole[:-1], whole[: header // 2], whole + b'x'):
         file.write_bytes(content)
         with pytest.raises(InputError, match=r'unet\.safetensors is not a readable') as e:
             weights.read_tensors(file)
@@ -146,14 +167,22 @@ def assert_same_names_and_shapes(abstract, model):
     ours = weights.keys(abstract)
     reference = {key: tuple(x.shape) for key, x in model.state_dict().items()}
     if isinstance(model, transformers.CLIPTextModel):  # without the prefix since transformers 5
-        reference = {'text_model.' + key.removeprefix('text_model.'): x for key, x in reference.items()}
+        reference = {
+            'text_model.' + key.removeprefix('text_model.'): x for key, x in reference.items()
+        }
     assert ours == reference
     assert tree.count(abstract) == sum(np.prod(shape, dtype=int) for shape in reference.values())
 
 
-@pytest.mark.parametrize(('name', 'tensors', 'parameters'), [
-    ('sd15', 686, 859_520_964), ('sd21', 686, 865_910_724), ('sdxl', 1680, 2_567_463_684),
-    ('ssd1b', 944, 1_331_334_404)])
+@pytest.mark.parametrize(
+    ('name', 'tensors', 'parameters'),
+    [
+        ('sd15', 686, 859_520_964),
+        ('sd21', 686, 865_910_724),
+        ('sdxl', 1680, 2_567_463_684),
+        ('ssd1b', 944, 1_331_334_404),
+    ],
+)
 def test_full_size_unet(name, tensors, parameters):
     spec = MODELS[name].unet
     abstract = shapes.unet_shapes(spec)
@@ -172,11 +201,16 @@ def test_full_size_vae(name):
     assert len(model.state_dict()) == 248
 
 
-@pytest.mark.parametrize(('name', 'number', 'tensors'), [
-    ('sd15', 0, 196), ('sd21', 0, 372), ('sdxl', 1, 517)], ids=['CLIP-L', 'OpenCLIP-H', 'OpenCLIP-bigG'])
+@pytest.mark.parametrize(
+    ('name', 'number', 'tensors'),
+    [('sd15', 0, 196), ('sd21', 0, 372), ('sdxl', 1, 517)],
+    ids=['CLIP-L', 'OpenCLIP-H', 'OpenCLIP-bigG'],
+)
 def test_full_size_text_encoder(name, number, tensors):
     spec = MODELS[name].text[number]
-    cls = transformers.CLIPTextModelWithProjection if spec.projection else transformers.CLIPTextModel
+    cls = (
+        transformers.CLIPTextModelWithProjection if spec.projection else transformers.CLIPTextModel
+    )
     with torch.device('meta'):
         model = cls(transformers.CLIPTextConfig(**configs.text_config(spec)))
     assert_same_names_and_shapes(shapes.text_shapes(spec), model)
@@ -187,5 +221,6 @@ def test_full_size_image_encoder():
     spec = VisionSpec(width=1024, layers=24, heads=16, mlp=4096, projection=768, patch=14)  # CLIP-L
     with torch.device('meta'):
         model = transformers.CLIPVisionModelWithProjection(
-            transformers.CLIPVisionConfig(**configs.vision_config(spec)))
+            transformers.CLIPVisionConfig(**configs.vision_config(spec))
+        )
     assert_same_names_and_shapes(shapes.vision_shapes(spec), model)

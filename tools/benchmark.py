@@ -44,11 +44,13 @@ def compiled_call(fn, *args):
 
 def random_weights(abstract, rng):
     """Without a peer: kernels of variance 1 / fan-in, all else 0."""
+
     def draw(x):
         if x.ndim == 1:
             return jnp.zeros(x.shape, x.dtype)
         scale = np.prod(x.shape[:-1]) ** -0.5
         return jnp.asarray(rng.standard_normal(x.shape, np.float32) * scale, x.dtype)
+
     return jax.tree.map(draw, abstract)
 
 
@@ -60,27 +62,35 @@ def unet(args):
     def normal(*shape):
         return rng.standard_normal(shape, np.float32)
 
-    inputs = {'z': normal(args.batch, side, side, spec.in_channels),
-              't': np.linspace(999, 1, args.batch, dtype=np.float32),
-              'context': normal(args.batch, TOKENS, spec.context_dim)}
+    inputs = {
+        'z': normal(args.batch, side, side, spec.in_channels),
+        't': np.linspace(999, 1, args.batch, dtype=np.float32),
+        'context': normal(args.batch, TOKENS, spec.context_dim),
+    }
     if spec.pooled_dim:
         inputs['pooled'] = normal(args.batch, spec.pooled_dim)
-        inputs['sizes'] = np.tile(np.float32([args.size, args.size, 0, 0] + [args.size] * 2),
-                                  (args.batch, 1))
+        inputs['sizes'] = np.tile(
+            np.float32([args.size, args.size, 0, 0] + [args.size] * 2), (args.batch, 1)
+        )
     abstract, peer = shapes.unet_shapes(spec, args.dtype), None
     if args.peer == 'diffusers':
         import diffusers
-        net, tensors = torch_model(diffusers.UNet2DConditionModel,
-                                   configs.unet_config(spec, side), args.dtype)
+
+        net, tensors = torch_model(
+            diffusers.UNet2DConditionModel, configs.unet_config(spec, side), args.dtype
+        )
         params = jax.device_put(weights.load(abstract, tensors, 'the random UNet'))
         peer = unet_peer(net, inputs, args.dtype)
         del tensors
     else:
         params = random_weights(abstract, rng)
     keep = ('t', 'sizes')  # precision follows the data; numbers with a unit stay in float32
-    inputs = {k: jnp.asarray(x, jnp.float32 if k in keep else args.dtype) for k, x in inputs.items()}
+    inputs = {
+        k: jnp.asarray(x, jnp.float32 if k in keep else args.dtype) for k, x in inputs.items()
+    }
     run, compiled = compiled_call(
-        lambda params, inputs: UNet(spec).apply({'params': params}, **inputs), params, inputs)
+        lambda params, inputs: UNet(spec).apply({'params': params}, **inputs), params, inputs
+    )
     return Case(run, peer, compiled)
 
 
@@ -102,8 +112,10 @@ def unet_peer(net, inputs, dtype):
     tensors = {k: torch.tensor(x, device=net.device) for k, x in inputs.items()}
     z, context = (tensors[k].to(net.dtype) for k in ('z', 'context'))
     z = z.movedim(-1, 1).contiguous()
-    added = 'pooled' in tensors and {'text_embeds': tensors['pooled'].to(net.dtype),
-                                     'time_ids': tensors['sizes']}
+    added = 'pooled' in tensors and {
+        'text_embeds': tensors['pooled'].to(net.dtype),
+        'time_ids': tensors['sizes'],
+    }
 
     def run():
         out = net(z, tensors['t'], context, added_cond_kwargs=added or None).sample
@@ -136,17 +148,22 @@ def report(case, repeat):
     calls = {'lcm_jax': case.ours} | ({'diffusers': case.peer} if case.peer else {})
     seconds = in_turns(calls, repeat)
     print(f'{"":10}  {"median s":>8}  {"least s":>8}  {"CPU s":>8}')
-    rows = {name: (statistics.median(w), min(w), statistics.median(c)) for name, (w, c) in seconds.items()}
+    rows = {
+        name: (statistics.median(w), min(w), statistics.median(c))
+        for name, (w, c) in seconds.items()
+    }
     for name, row in rows.items():
         print(f'{name:10}  ' + '  '.join(f'{x:8.3f}' for x in row))
     if case.peer:
         ratio = [a / b for a, b in zip(rows['lcm_jax'], rows['diffusers'], strict=True)]
         print(f'{"ratio":10}  ' + '  '.join(f'{x:8.2f}' for x in ratio))
     cost, memory = case.compiled.cost_analysis(), case.compiled.memory_analysis()
-    print(f'our program: {cost["flops"] / 1e9:.0f} GFLOP and {cost["bytes accessed"] / 1e9:.1f} GB moved '
-          f'(the compiler counts a loop\'s body once), {memory.temp_size_in_bytes / 2**20:.0f} MiB of '
-          f'temporaries; peak memory of this process '
-          f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB')
+    print(
+        f'our program: {cost["flops"] / 1e9:.0f} GFLOP and {cost["bytes accessed"] / 1e9:.1f} GB moved '
+        f"(the compiler counts a loop's body once), {memory.temp_size_in_bytes / 2**20:.0f} MiB of "
+        f'temporaries; peak memory of this process '
+        f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB'
+    )
 
 
 CASES = {'unet': unet}
@@ -154,7 +171,8 @@ CASES = {'unet': unet}
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('case', choices=CASES)
     parser.add_argument('--model', default='sd15', choices=MODELS)
     parser.add_argument('--size', type=int, default=512, help='side of the picture, px')
@@ -164,8 +182,10 @@ def main():
     parser.add_argument('--repeat', type=int, default=5, help='timed calls of each side, in turns')
     args = parser.parse_args()
     device = jax.devices()[0]
-    print(f'{args.case}, {args.model}, {args.size} px, batch {args.batch}, {args.dtype}, '
-          f'on {device.device_kind} ({device.platform})')
+    print(
+        f'{args.case}, {args.model}, {args.size} px, batch {args.batch}, {args.dtype}, '
+        f'on {device.device_kind} ({device.platform})'
+    )
     report(CASES[args.case](args), args.repeat)
 
 

@@ -23,6 +23,7 @@ def attend(q, k, v, *, causal=False):
             q, k, v = (x.swapaxes(1, 2).reshape(b * h, -1, d) for x in (q, k, v))
             out = each(lambda x: _head(*x, causal))((q, k, v))
             return out.reshape(b, h, l, d).swapaxes(1, 2)
+
         return run
 
     def cudnn(q, k, v):
@@ -41,7 +42,10 @@ def _head(q, k, v, causal):
 
     def row(x):
         i, q = x
-        s = jnp.einsum('d,md->m', q, k.astype(q.dtype), preferred_element_type=jnp.float32) * q.size**-0.5
+        s = (
+            jnp.einsum('d,md->m', q, k.astype(q.dtype), preferred_element_type=jnp.float32)
+            * q.size**-0.5
+        )
         if causal:
             s = jnp.where(jnp.arange(s.size) <= i, s, -jnp.inf)
         p = jax.nn.softmax(s).astype(q.dtype)

@@ -66,7 +66,9 @@ class Layer(nn.Module):
         y = layer_norm(name='layer_norm1')(x)
 
         def split(name):
-            return nn.Dense(s.width, name=f'self_attn.{name}')(y).reshape(*y.shape[:-1], s.heads, -1)
+            return nn.Dense(s.width, name=f'self_attn.{name}')(y).reshape(
+                *y.shape[:-1], s.heads, -1
+            )
 
         y = attend(split('q_proj'), split('k_proj'), split('v_proj'), causal=self.causal)
         x += nn.Dense(s.width, name='self_attn.out_proj')(y.reshape(x.shape))
@@ -84,7 +86,8 @@ class TextEncoder(nn.Module):
         s = self.spec
         x = nn.Embed(s.vocab, s.width, name='text_model.embeddings.token_embedding')(ids)
         x += nn.Embed(s.length, s.width, name='text_model.embeddings.position_embedding')(
-            jnp.arange(ids.shape[1]))
+            jnp.arange(ids.shape[1])
+        )
         penultimate = x
         for i in range(s.layers):
             penultimate, x = x, Layer(s, True, name=f'text_model.encoder.layers.{i}')(x)
@@ -105,8 +108,14 @@ class ImageEncoder(nn.Module):
     def __call__(self, x):
         s = self.spec
         name = 'vision_model.embeddings.'
-        x = nn.Conv(s.width, (s.patch, s.patch), s.patch, padding='VALID', use_bias=False,
-                    name=name + 'patch_embedding')(x)
+        x = nn.Conv(
+            s.width,
+            (s.patch, s.patch),
+            s.patch,
+            padding='VALID',
+            use_bias=False,
+            name=name + 'patch_embedding',
+        )(x)
         x = x.reshape(x.shape[0], -1, s.width)
         first = self.param(name + 'class_embedding', nn.initializers.normal(0.02), (s.width,))
         first = jnp.broadcast_to(first.astype(x.dtype), (x.shape[0], 1, s.width))

@@ -8,24 +8,46 @@ from lcm_jax.models.vae import VAESpec
 # Keys that change the computation, with the only values that these modules compute. The first is
 # diffusers' default where the key is absent; a list of block types is checked entry by entry.
 UNET_ONLY = {
-    'act_fn': ('silu',), 'addition_embed_type': (None, 'text_time'), 'attention_type': ('default',),
-    'center_input_sample': (False,), 'class_embed_type': (None,), 'conv_in_kernel': (3,),
-    'conv_out_kernel': (3,), 'cross_attention_norm': (None,),
-    'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D'), 'downsample_padding': (1,),
-    'dual_cross_attention': (False,), 'encoder_hid_dim': (None,), 'encoder_hid_dim_type': (None,),
-    'flip_sin_to_cos': (True,), 'freq_shift': (0,), 'mid_block_scale_factor': (1,),
-    'mid_block_type': ('UNetMidBlock2DCrossAttn', 'UNetMidBlock2D'), 'norm_eps': (1e-5,),
-    'num_class_embeds': (None,), 'only_cross_attention': (False,),
-    'resnet_out_scale_factor': (1,), 'resnet_time_scale_shift': ('default',),
-    'time_embedding_act_fn': (None,), 'time_embedding_dim': (None,),
-    'time_embedding_type': ('positional',), 'timestep_post_act': (None,),
+    'act_fn': ('silu',),
+    'addition_embed_type': (None, 'text_time'),
+    'attention_type': ('default',),
+    'center_input_sample': (False,),
+    'class_embed_type': (None,),
+    'conv_in_kernel': (3,),
+    'conv_out_kernel': (3,),
+    'cross_attention_norm': (None,),
+    'down_block_types': ('CrossAttnDownBlock2D', 'DownBlock2D'),
+    'downsample_padding': (1,),
+    'dual_cross_attention': (False,),
+    'encoder_hid_dim': (None,),
+    'encoder_hid_dim_type': (None,),
+    'flip_sin_to_cos': (True,),
+    'freq_shift': (0,),
+    'mid_block_scale_factor': (1,),
+    'mid_block_type': ('UNetMidBlock2DCrossAttn', 'UNetMidBlock2D'),
+    'norm_eps': (1e-5,),
+    'num_class_embeds': (None,),
+    'only_cross_attention': (False,),
+    'resnet_out_scale_factor': (1,),
+    'resnet_time_scale_shift': ('default',),
+    'time_embedding_act_fn': (None,),
+    'time_embedding_dim': (None,),
+    'time_embedding_type': ('positional',),
+    'timestep_post_act': (None,),
     'up_block_types': ('CrossAttnUpBlock2D', 'UpBlock2D'),
 }
 VAE_ONLY = {
-    'act_fn': ('silu',), 'down_block_types': ('DownEncoderBlock2D',), 'in_channels': (3,),
-    'latents_mean': (None,), 'latents_std': (None,), 'mid_block_add_attention': (True,),
-    'out_channels': (3,), 'shift_factor': (None,), 'up_block_types': ('UpDecoderBlock2D',),
-    'use_post_quant_conv': (True,), 'use_quant_conv': (True,),
+    'act_fn': ('silu',),
+    'down_block_types': ('DownEncoderBlock2D',),
+    'in_channels': (3,),
+    'latents_mean': (None,),
+    'latents_std': (None,),
+    'mid_block_add_attention': (True,),
+    'out_channels': (3,),
+    'shift_factor': (None,),
+    'up_block_types': ('UpDecoderBlock2D',),
+    'use_post_quant_conv': (True,),
+    'use_quant_conv': (True,),
 }
 CLIP_ONLY = {'hidden_act': tuple(ACTIVATIONS), 'layer_norm_eps': (1e-5,), 'num_channels': (3,)}
 
@@ -41,8 +63,10 @@ class Config(dict):
         for key, accepted in only.items():
             for value in _list(config.get(key, accepted[0])):
                 if value not in accepted:
-                    raise InputError(f'{source}: {key} = {value!r} is not supported; '
-                                     f'accepted: {", ".join(map(repr, accepted))}')
+                    raise InputError(
+                        f'{source}: {key} = {value!r} is not supported; '
+                        f'accepted: {", ".join(map(repr, accepted))}'
+                    )
 
     def __missing__(self, key):
         raise InputError(f'{self.source}: the key {key!r} is missing')
@@ -52,8 +76,9 @@ class Config(dict):
         if not isinstance(value, (list, tuple)):
             return (value,) * levels
         if len(value) != levels:
-            raise InputError(f'{self.source}: {key} = {value} has {len(value)} entries '
-                             f'instead of {levels}')
+            raise InputError(
+                f'{self.source}: {key} = {value} has {len(value)} entries instead of {levels}'
+            )
         return tuple(value)
 
 
@@ -72,8 +97,10 @@ def unet_spec(config, source='unet/config.json'):
 
     def transformers(kinds, key, depths, resnets):  # -> [level][resnet] depth; 0 in plain blocks
         kinds = config.levels(kinds, config[kinds], n)
-        return tuple(config.levels(key, d, r) if 'CrossAttn' in kind else (0,) * r
-                     for kind, d, r in zip(kinds, depths, resnets, strict=True))
+        return tuple(
+            config.levels(key, d, r) if 'CrossAttn' in kind else (0,) * r
+            for kind, d, r in zip(kinds, depths, resnets, strict=True)
+        )
 
     resnets = per_level('layers_per_block', 2)
     key, up_key = 'transformer_layers_per_block', 'reverse_transformer_layers_per_block'
@@ -81,8 +108,10 @@ def unet_spec(config, source='unet/config.json'):
     up_depths = per_level(up_key, None) if config.get(up_key) else depths[::-1]
     contexts = set(_list(config['cross_attention_dim']))
     if len(contexts) != 1:
-        raise InputError(f'{source}: cross_attention_dim = {config["cross_attention_dim"]} differs '
-                         'between levels; one number is supported')
+        raise InputError(
+            f'{source}: cross_attention_dim = {config["cross_attention_dim"]} differs '
+            'between levels; one number is supported'
+        )
     text_time = config.get('addition_embed_type') == 'text_time'
     size_dim = config['addition_time_embed_dim'] if text_time else 0
     lone = config.get('mid_block_type') == 'UNetMidBlock2D'
@@ -97,7 +126,9 @@ def unet_spec(config, source='unet/config.json'):
         context_dim=contexts.pop(),
         linear_proj=config.get('use_linear_projection', False),
         size_dim=size_dim,
-        pooled_dim=config['projection_class_embeddings_input_dim'] - 6 * size_dim if text_time else 0,
+        pooled_dim=config['projection_class_embeddings_input_dim'] - 6 * size_dim
+        if text_time
+        else 0,
         w_dim=config.get('time_cond_proj_dim') or 0,
         in_channels=config.get('in_channels', 4),
         out_channels=config.get('out_channels', 4),
@@ -111,6 +142,7 @@ def unet_config(spec, sample_size):
     Raises InputError for a middle deeper or shallower than the coarsest level's transformers:
     diffusers' config has one entry for both.
     """
+
     def entry(depths, idle=1):  # a number where a level's resnets agree; `idle` for a plain block
         return list(depths) if len(set(depths)) > 1 else depths[0] or idle
 
@@ -120,8 +152,10 @@ def unet_config(spec, sample_size):
     down = [entry(d) for d in spec.down[:-1]] + [entry(spec.down[-1], spec.mid or 1)]
     up = [entry(d, down[-1 - i]) for i, d in enumerate(spec.up)]
     if spec.mid is not None and spec.mid != _list(down[-1])[0]:
-        raise InputError(f'diffusers has no config for a middle of depth {spec.mid} '
-                         f'beside a coarsest level of {spec.down[-1]}')
+        raise InputError(
+            f'diffusers has no config for a middle of depth {spec.mid} '
+            f'beside a coarsest level of {spec.down[-1]}'
+        )
     resnets = [len(d) for d in spec.down]
     config = {
         '_class_name': 'UNet2DConditionModel',
@@ -142,8 +176,11 @@ def unet_config(spec, sample_size):
     if up != down[::-1] or any(isinstance(d, list) for d in down):
         config['reverse_transformer_layers_per_block'] = up
     if spec.size_dim:
-        config |= {'addition_embed_type': 'text_time', 'addition_time_embed_dim': spec.size_dim,
-                   'projection_class_embeddings_input_dim': spec.pooled_dim + 6 * spec.size_dim}
+        config |= {
+            'addition_embed_type': 'text_time',
+            'addition_time_embed_dim': spec.size_dim,
+            'projection_class_embeddings_input_dim': spec.pooled_dim + 6 * spec.size_dim,
+        }
     if spec.w_dim:
         config['time_cond_proj_dim'] = spec.w_dim
     return config
@@ -178,15 +215,24 @@ def vae_config(spec, sample_size):
 
 
 def _tower(config):
-    return {'width': config['hidden_size'], 'layers': config['num_hidden_layers'],
-            'heads': config['num_attention_heads'], 'mlp': config['intermediate_size'],
-            'act': config.get('hidden_act', 'quick_gelu')}
+    return {
+        'width': config['hidden_size'],
+        'layers': config['num_hidden_layers'],
+        'heads': config['num_attention_heads'],
+        'mlp': config['intermediate_size'],
+        'act': config.get('hidden_act', 'quick_gelu'),
+    }
 
 
 def _tower_config(spec):
-    return {'hidden_size': spec.width, 'num_hidden_layers': spec.layers,
-            'num_attention_heads': spec.heads, 'intermediate_size': spec.mlp,
-            'hidden_act': spec.act, 'projection_dim': spec.projection or spec.width}
+    return {
+        'hidden_size': spec.width,
+        'num_hidden_layers': spec.layers,
+        'num_attention_heads': spec.heads,
+        'intermediate_size': spec.mlp,
+        'hidden_act': spec.act,
+        'projection_dim': spec.projection or spec.width,
+    }
 
 
 def text_spec(config, source='text_encoder/config.json'):
@@ -194,8 +240,10 @@ def text_spec(config, source='text_encoder/config.json'):
     config = Config(config, CLIP_ONLY, source)
     architecture = (config.get('architectures') or ['CLIPTextModel'])[0]
     if architecture not in ('CLIPTextModel', 'CLIPTextModelWithProjection'):
-        raise InputError(f'{source}: architecture {architecture!r} is not supported; '
-                         'accepted: CLIPTextModel, CLIPTextModelWithProjection')
+        raise InputError(
+            f'{source}: architecture {architecture!r} is not supported; '
+            'accepted: CLIPTextModel, CLIPTextModelWithProjection'
+        )
     return TextSpec(
         **_tower(config),
         projection=config['projection_dim'] if architecture.endswith('WithProjection') else 0,
@@ -222,11 +270,20 @@ def text_config(spec):
 def vision_spec(config, source='image_encoder/config.json'):
     """config.json of a `CLIPVisionModelWithProjection` -> VisionSpec."""
     config = Config(config, CLIP_ONLY, source)
-    return VisionSpec(**_tower(config), projection=config['projection_dim'],
-                      size=config['image_size'], patch=config['patch_size'])
+    return VisionSpec(
+        **_tower(config),
+        projection=config['projection_dim'],
+        size=config['image_size'],
+        patch=config['patch_size'],
+    )
 
 
 def vision_config(spec):
     """VisionSpec -> config.json that transformers loads; the inverse of `vision_spec`."""
-    return {'architectures': ['CLIPVisionModelWithProjection'], 'model_type': 'clip_vision_model',
-            **_tower_config(spec), 'image_size': spec.size, 'patch_size': spec.patch}
+    return {
+        'architectures': ['CLIPVisionModelWithProjection'],
+        'model_type': 'clip_vision_model',
+        **_tower_config(spec),
+        'image_size': spec.size,
+        'patch_size': spec.patch,
+    }

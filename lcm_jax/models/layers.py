@@ -3,7 +3,6 @@
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -25,8 +24,11 @@ def _conv(x, kernel, strides, padding, **kwargs):
     def product(x, kernel):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
         ends = [n - k + 1 for n, k in zip(x.shape[1:3], kernel.shape, strict=False)]
-        patches = [x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
-                   for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+        patches = [
+            x[:, i : i + ends[0] : strides[0], j : j + ends[1] : strides[1]]
+            for i in range(kernel.shape[0])
+            for j in range(kernel.shape[1])
+        ]
         return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
     if kernel.size < LARGE_KERNEL or x.size // x.shape[-1] > kernel.shape[-1]:
@@ -34,8 +36,9 @@ def _conv(x, kernel, strides, padding, **kwargs):
     return lax.platform_dependent(x, kernel, cpu=product, default=direct)
 
 
-conv3 = partial(nn.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)),
-                conv_general_dilated_cls=lambda: _conv)
+conv3 = partial(
+    nn.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)), conv_general_dilated_cls=lambda: _conv
+)
 
 # Flax's default variance E[x^2] - E[x]^2 costs a UNet's output a decimal digit in float32 and saves no time.
 group_norm = partial(nn.GroupNorm, use_fast_variance=False)

@@ -26,7 +26,9 @@ def unet_shapes(spec, dtype=jnp.float32):
     side = 2 ** (len(spec.widths) - 1)
     return abstract(
         UNet(spec),
-        _floats(1, side, side, spec.in_channels), _floats(1), _floats(1, 1, spec.context_dim),
+        _floats(1, side, side, spec.in_channels),
+        _floats(1),
+        _floats(1, 1, spec.context_dim),
         pooled=_floats(1, spec.pooled_dim) if spec.pooled_dim else None,
         sizes=_floats(1, 6) if spec.size_dim else None,
         w=_floats(1, spec.w_dim) if spec.w_dim else None,
@@ -41,7 +43,9 @@ def vae_shapes(spec, dtype=jnp.float32):
 
 def text_shapes(spec, dtype=jnp.float32):
     """TextSpec -> the parameter tree of `TextEncoder(spec)`."""
-    return abstract(TextEncoder(spec), jax.ShapeDtypeStruct((1, spec.length), jnp.int32), dtype=dtype)
+    return abstract(
+        TextEncoder(spec), jax.ShapeDtypeStruct((1, spec.length), jnp.int32), dtype=dtype
+    )
 
 
 def vision_shapes(spec, dtype=jnp.float32):

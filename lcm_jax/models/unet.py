@@ -14,7 +14,9 @@ class UNetSpec:
     """Sizes of a conditional UNet. Levels run from the finest resolution to the coarsest."""
 
     widths: tuple[int, ...]  # channels of each level
-    down: tuple[tuple[int, ...], ...]  # [level][resnet] -> depth of the transformer after it (0: none)
+    down: tuple[
+        tuple[int, ...], ...
+    ]  # [level][resnet] -> depth of the transformer after it (0: none)
     mid: int | None  # transformer depth in the middle (None: one lone resnet, as in SSD-1B)
     up: tuple[tuple[int, ...], ...]  # as `down`, from the coarsest level to the finest
     heads: tuple[int, ...]  # attention heads of each level
@@ -37,7 +39,9 @@ class TimeMLP(nn.Module):
     def __call__(self, x, w=None):
         if w is not None:
             x += nn.Dense(x.shape[-1], use_bias=False, name='cond_proj')(w)
-        return nn.Dense(self.width, name='linear_2')(nn.silu(nn.Dense(self.width, name='linear_1')(x)))
+        return nn.Dense(self.width, name='linear_2')(
+            nn.silu(nn.Dense(self.width, name='linear_1')(x))
+        )
 
 
 class Block(nn.Module):
@@ -95,8 +99,9 @@ class UNet(nn.Module):
         def slot(x, level, name, j, depth):  # one resnet and the transformer after it
             x = ResNet(s.widths[level], s.groups, 1e-5, name=f'{name}.resnets.{j}')(x, temb)
             if depth:
-                transformer = Transformer(depth, s.heads[level], s.groups, s.linear_proj,
-                                          name=f'{name}.attentions.{j}')
+                transformer = Transformer(
+                    depth, s.heads[level], s.groups, s.linear_proj, name=f'{name}.attentions.{j}'
+                )
                 x = transformer(x, context)
             return x
 
@@ -118,7 +123,9 @@ class UNet(nn.Module):
             for j, depth in enumerate(depths):
                 x = slot(jnp.concatenate([x, skips.pop()], -1), -1 - i, f'up_blocks.{i}', j, depth)
             if i < len(s.up) - 1:
-                x = upsample(x)[:, :skips[-1].shape[1], :skips[-1].shape[2]]  # less a row where odd
+                x = upsample(x)[
+                    :, : skips[-1].shape[1], : skips[-1].shape[2]
+                ]  # less a row where odd
                 x = conv3(s.widths[-1 - i], name=f'up_blocks.{i}.upsamplers.0.conv')(x)
 
         x = nn.silu(group_norm(s.groups, epsilon=1e-5, name='conv_norm_out')(x))

@@ -62,8 +62,13 @@ class Encoder(Coder):
             for j in range(s.resnets):
                 x = self.resnet(x, i, f'down_blocks.{i}.resnets.{j}')
             if i < len(s.widths) - 1:
-                x = nn.Conv(width, (3, 3), strides=2, padding=((0, 1), (0, 1)),
-                            name=f'down_blocks.{i}.downsamplers.0.conv')(x)
+                x = nn.Conv(
+                    width,
+                    (3, 3),
+                    strides=2,
+                    padding=((0, 1), (0, 1)),
+                    name=f'down_blocks.{i}.downsamplers.0.conv',
+                )(x)
         return self.output(self.middle(x), 2 * s.latent_channels)
 
 

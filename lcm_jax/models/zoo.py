@@ -47,10 +47,18 @@ MODELS = {
     'sd15': ModelSpec(SD15, VAESpec(), (CLIP_L,), 512),
     'sd21': ModelSpec(
         dataclasses.replace(SD15, heads=(5, 10, 20, 20), context_dim=1024, linear_proj=True),
-        VAESpec(), (OPENCLIP_H,), 768, 'v_prediction'),
+        VAESpec(),
+        (OPENCLIP_H,),
+        768,
+        'v_prediction',
+    ),
     'sdxl': ModelSpec(SDXL, SDXL_VAE, (CLIP_L, OPENCLIP_BIG_G), 1024),
     'ssd1b': ModelSpec(
-        dataclasses.replace(SDXL, down=((0, 0), (2, 2), (4, 4)), mid=None,
-                            up=((4, 4, 10), (2, 1, 1), (0, 0, 0))),
-        SDXL_VAE, (CLIP_L, OPENCLIP_BIG_G), 1024),
+        dataclasses.replace(
+            SDXL, down=((0, 0), (2, 2), (4, 4)), mid=None, up=((4, 4, 10), (2, 1, 1), (0, 0, 0))
+        ),
+        SDXL_VAE,
+        (CLIP_L, OPENCLIP_BIG_G),
+        1024,
+    ),
 }

@@ -7,7 +7,7 @@ In an empty folder, run
         emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0 \
         fluentui-emoji-js@1.2.1 emojibase-data@17.0.0
 
-and then, in the repository (needs pillow, numpy, transformers and the vocabulary that make_tokenizer.py names; 2 minutes)
+and then, in the repository (2 minutes; needs the vocabulary that make_tokenizer.py names)
 
     python tools/emoji/make_data.py --packages FOLDER/node_modules --out lcm_jax/emoji/data
 

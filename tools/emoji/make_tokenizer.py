@@ -15,6 +15,7 @@ import argparse
 import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -164,7 +165,7 @@ def merges_of(word, ranks):
     """The ranks of the merges that byte pair encoding picks for one word."""
     pieces, used = list(word), set()
     while True:
-        pairs = zip(pieces, pieces[1:], strict=False)
+        pairs = itertools.pairwise(pieces)
         rank, pair = min(((ranks[p], p) for p in pairs if p in ranks), default=(None, None))
         if pair is None:
             return used

@@ -39,8 +39,15 @@ def augment(x, key):
     shift = jax.random.uniform(ks[1], (b, 2), minval=-4, maxval=4) + (1 - scale[:, None]) * h / 2
 
     def place(picture, scale, shift):
-        return 1 + jax.image.scale_and_translate(picture - 1, (h, w, 3), (0, 1), jnp.stack([scale, scale]),
-                                                 shift, 'linear', antialias=False)
+        return 1 + jax.image.scale_and_translate(
+            picture - 1,
+            (h, w, 3),
+            (0, 1),
+            jnp.stack([scale, scale]),
+            shift,
+            'linear',
+            antialias=False,
+        )
 
     x = jax.vmap(place)(x, scale, shift)
     near = (x + jnp.roll(x, 1, 1) + jnp.roll(x, -1, 1) + jnp.roll(x, 1, 2) + jnp.roll(x, -1, 2)) / 5
@@ -65,11 +72,15 @@ def loss(params, ema, frozen, batch, key, *, spec):
     rows = jnp.arange(len(x))
     cross = optax.softmax_cross_entropy_with_integer_labels
     return (cross(logits, rows).mean() + cross(logits.T, rows).mean()) / 2, {
-        'accuracy': jnp.mean(jnp.argmax(logits, 1) == rows), 'scale': scale}
+        'accuracy': jnp.mean(jnp.argmax(logits, 1) == rows),
+        'scale': scale,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--workdir', required=True)
     parser.add_argument('--out', default='lcm_jax/emoji/pipeline')
     parser.add_argument('--steps', type=int, default=1200)
@@ -90,9 +101,11 @@ def main():
 
     x, ids = batch_at(0)
     keys = jax.random.split(jax.random.key(0))
-    params = {'text': jax.jit(TextEncoder(spec).init)(keys[0], ids)['params'],
-              'image': jax.jit(ImageEncoder(IMAGE).init)(keys[1], x)['params'],
-              'logit_scale': jnp.log(14.0)}
+    params = {
+        'text': jax.jit(TextEncoder(spec).init)(keys[0], ids)['params'],
+        'image': jax.jit(ImageEncoder(IMAGE).init)(keys[1], x)['params'],
+        'logit_scale': jnp.log(14.0),
+    }
     rate = optax.warmup_cosine_decay_schedule(0, args.lr, 100, args.steps, args.lr / 50)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1))
     texts, images = jax.jit(partial(embed_text, spec)), jax.jit(embed_image)
@@ -100,18 +113,34 @@ def main():
     def report(i, state, writer):
         for name, samples in (('train', train[::16]), ('heldout', heldout)):
             found = metrics.retrieval(
-                np.asarray(images(state.ema, data.to_float(np.stack([s.picture for s in samples])))),
-                np.asarray(texts(state.ema, tokenizer([s.caption for s in samples]))))
+                np.asarray(
+                    images(state.ema, data.to_float(np.stack([s.picture for s in samples])))
+                ),
+                np.asarray(texts(state.ema, tokenizer([s.caption for s in samples]))),
+            )
             writer.add_scalar(f'retrieval_{name}', found, i)
             print(f'\nstep {i}: {name} retrieval among 100: {found:.3f}', flush=True)
 
-    state = loop.fit(loop.make_step(partial(loss, spec=spec), tx, 0.99), loop.init(params, tx), None,
-                     batch_at, jax.random.key(1), steps=args.steps, workdir=args.workdir,
-                     save_every=200, on_save=report, label='clip')
+    state = loop.fit(
+        loop.make_step(partial(loss, spec=spec), tx, 0.99),
+        loop.init(params, tx),
+        None,
+        batch_at,
+        jax.random.key(1),
+        steps=args.steps,
+        workdir=args.workdir,
+        save_every=200,
+        on_save=report,
+        label='clip',
+    )
 
-    for folder, config, tree in (('text_encoder', text_config(spec), state.ema['text']),
-                                 ('image_encoder', vision_config(IMAGE), state.ema['image'])):
-        weights.write_tensors(out / folder / 'model.safetensors', weights.dump(cast(tree, jnp.float16)))
+    for folder, config, tree in (
+        ('text_encoder', text_config(spec), state.ema['text']),
+        ('image_encoder', vision_config(IMAGE), state.ema['image']),
+    ):
+        weights.write_tensors(
+            out / folder / 'model.safetensors', weights.dump(cast(tree, jnp.float16))
+        )
         (out / folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
         print(f'wrote {out / folder}')
 

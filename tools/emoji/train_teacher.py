@@ -30,33 +30,68 @@ from lcm_jax.tree import cast, count
 STYLES = ('noto', 'twemoji')
 VARIANTS = 6  # ways of saying each caption
 SCHEDULER = {
-    '_class_name': 'DDIMScheduler', 'beta_schedule': 'scaled_linear', 'beta_start': 0.00085,
-    'beta_end': 0.012, 'num_train_timesteps': 1000, 'prediction_type': 'epsilon',
-    'set_alpha_to_one': False, 'steps_offset': 1, 'clip_sample': False, 'timestep_spacing': 'leading',
+    '_class_name': 'DDIMScheduler',
+    'beta_schedule': 'scaled_linear',
+    'beta_start': 0.00085,
+    'beta_end': 0.012,
+    'num_train_timesteps': 1000,
+    'prediction_type': 'epsilon',
+    'set_alpha_to_one': False,
+    'steps_offset': 1,
+    'clip_sample': False,
+    'timestep_spacing': 'leading',
 }
 INDEX = {
     '_class_name': 'StableDiffusionPipeline',
-    'unet': ['diffusers', 'UNet2DConditionModel'], 'vae': ['diffusers', 'AutoencoderKL'],
-    'text_encoder': ['transformers', 'CLIPTextModel'], 'tokenizer': ['transformers', 'CLIPTokenizer'],
+    'unet': ['diffusers', 'UNet2DConditionModel'],
+    'vae': ['diffusers', 'AutoencoderKL'],
+    'text_encoder': ['transformers', 'CLIPTextModel'],
+    'tokenizer': ['transformers', 'CLIPTokenizer'],
     'scheduler': ['diffusers', 'DDIMScheduler'],
     'image_encoder': ['transformers', 'CLIPVisionModelWithProjection'],
     'feature_extractor': ['transformers', 'CLIPImageProcessor'],
-    'safety_checker': [None, None], 'requires_safety_checker': False,
+    'safety_checker': [None, None],
+    'requires_safety_checker': False,
 }
 PROCESSOR = {
-    'image_processor_type': 'CLIPImageProcessor', 'size': {'shortest_edge': 64},
-    'crop_size': {'height': 64, 'width': 64}, 'image_mean': [0.5] * 3, 'image_std': [0.5] * 3,
-    'do_resize': True, 'do_center_crop': True, 'do_rescale': True, 'rescale_factor': 1 / 255,
-    'do_normalize': True, 'do_convert_rgb': True, 'resample': 3,
+    'image_processor_type': 'CLIPImageProcessor',
+    'size': {'shortest_edge': 64},
+    'crop_size': {'height': 64, 'width': 64},
+    'image_mean': [0.5] * 3,
+    'image_std': [0.5] * 3,
+    'do_resize': True,
+    'do_center_crop': True,
+    'do_rescale': True,
+    'rescale_factor': 1 / 255,
+    'do_normalize': True,
+    'do_convert_rgb': True,
+    'resample': 3,
 }
-PROMPTS = ('red heart, noto emoji', 'grinning cat, twemoji', 'sun, noto emoji', 'green apple, twemoji',
-           'airplane, noto emoji', 'robot, twemoji', 'blue heart, twemoji', 'a fish, noto emoji')
+PROMPTS = (
+    'red heart, noto emoji',
+    'grinning cat, twemoji',
+    'sun, noto emoji',
+    'green apple, twemoji',
+    'airplane, noto emoji',
+    'robot, twemoji',
+    'blue heart, twemoji',
+    'a fish, noto emoji',
+)
 
 
 def spec_for(context_dim, latent_channels):
-    return UNetSpec(widths=(128, 128), down=((1,), (1,)), mid=1, up=((1, 1), (1, 1)), heads=(4, 4),
-                    context_dim=context_dim, linear_proj=True, in_channels=latent_channels,
-                    out_channels=latent_channels, groups=16)
+    return UNetSpec(
+        widths=(128, 128),
+        down=((1,), (1,)),
+        mid=1,
+        up=((1, 1), (1, 1)),
+        heads=(4, 4),
+        context_dim=context_dim,
+        linear_proj=True,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        groups=16,
+    )
 
 
 def loss(params, ema, frozen, batch, key, *, spec, scaling, drop=0.1):
@@ -85,24 +120,34 @@ def encoded(folder):
     samples, rng = data.emoji('train', STYLES), np.random.default_rng(0)
     read = partial(encode_captions, text, text_params, Tokenizer(folder / 'tokenizer'))
     said = [[s.caption, *(variant(s.caption, rng) for _ in range(VARIANTS - 1))] for s in samples]
-    frozen = (*encode_pictures(vae, vae_params, np.stack([s.picture for s in samples])),
-              np.stack([read(column) for column in zip(*said, strict=True)], 1), read([''])[0])
+    frozen = (
+        *encode_pictures(vae, vae_params, np.stack([s.picture for s in samples])),
+        np.stack([read(column) for column in zip(*said, strict=True)], 1),
+        read([''])[0],
+    )
     return vae, text, jax.tree.map(lambda x: jnp.asarray(x, jnp.float16), frozen)
 
 
 def write_folder(folder, spec, params):
     """The UNet and what makes the folder a pipeline."""
-    weights.write_tensors(folder / 'unet' / 'diffusion_pytorch_model.safetensors',
-                          weights.dump(cast(params, jnp.float16)))
-    for name, value in (('unet/config.json', unet_config(spec, 8)), ('model_index.json', INDEX),
-                        ('scheduler/scheduler_config.json', SCHEDULER),
-                        ('feature_extractor/preprocessor_config.json', PROCESSOR)):
+    weights.write_tensors(
+        folder / 'unet' / 'diffusion_pytorch_model.safetensors',
+        weights.dump(cast(params, jnp.float16)),
+    )
+    for name, value in (
+        ('unet/config.json', unet_config(spec, 8)),
+        ('model_index.json', INDEX),
+        ('scheduler/scheduler_config.json', SCHEDULER),
+        ('feature_extractor/preprocessor_config.json', PROCESSOR),
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(value, indent=2) + '\n')
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--workdir', required=True)
     parser.add_argument('--out', default='lcm_jax/emoji/pipeline')
     parser.add_argument('--steps', type=int, default=9000)
@@ -120,11 +165,14 @@ def main():
         return indices(i), np.random.default_rng((1, i)).integers(0, VARIANTS, args.batch)
 
     z = jnp.zeros((1, 8, 8, vae.latent_channels))
-    params = jax.jit(UNet(spec).init)(jax.random.key(0), z, jnp.zeros(1, int), frozen[3][None])['params']
+    params = jax.jit(UNet(spec).init)(jax.random.key(0), z, jnp.zeros(1, int), frozen[3][None])[
+        'params'
+    ]
     params = cast(params, jnp.float32)
     print(f'{n} pictures, {count(params):,} parameters')
-    rate = optax.warmup_cosine_decay_schedule(0, args.lr, args.steps // 40, args.steps,
-                                              args.lr / 100)
+    rate = optax.warmup_cosine_decay_schedule(
+        0, args.lr, args.steps // 40, args.steps, args.lr / 100
+    )
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01))
 
     def show(i, state, writer):
@@ -134,9 +182,19 @@ def main():
         writer.add_image('guidance_3', strip, i, dataformats='HWC')
         Image.fromarray(strip).save(Path(args.workdir) / f'{i:06d}.png')
 
-    loop.fit(loop.make_step(partial(loss, spec=spec, scaling=vae.scaling_factor), tx, 0.999),
-             loop.init(params, tx), frozen, batch_at, jax.random.key(1), steps=args.steps,
-             workdir=args.workdir, save_every=1000, log_every=50, on_save=show, label='teacher')
+    loop.fit(
+        loop.make_step(partial(loss, spec=spec, scaling=vae.scaling_factor), tx, 0.999),
+        loop.init(params, tx),
+        frozen,
+        batch_at,
+        jax.random.key(1),
+        steps=args.steps,
+        workdir=args.workdir,
+        save_every=1000,
+        log_every=50,
+        on_save=show,
+        label='teacher',
+    )
 
 
 if __name__ == '__main__':
