@@ -222,13 +222,12 @@ def run(config, workdir):
         choose('dtype', config.dtype, {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}),
     )
     samples = data.emoji('train', config.data.styles)
-    train = dict(config.train)
     lora = distil(
         pipe,
         encode(pipe, samples),
         **config.lora,
         **config.distill,
-        **train,
+        **config.train,
         data_seed=config.data.seed,
         weights=config.export.weights,
         workdir=workdir,

@@ -4,7 +4,8 @@
     python tools/emoji/train_vae.py --workdir runs/vae_decoder --decoder-only --lr 5e-4
 
 The second line trains on from the written folder with the encoder fixed, so that latents (and what
-was trained on them) stay as they are. Both resume from their workdir and print the held-out reconstruction PSNR at each checkpoint.
+was trained on them) stay as they are. Both resume from their workdir, and print the held-out
+reconstruction PSNR at each checkpoint.
 """
 
 import argparse
