@@ -161,6 +161,8 @@ def distil(
     pick = choose('export.weights', weights, {'params': lambda s: s.params, 'ema': lambda s: s.ema})
     base = pipe.params['unet']
     lora = L.init(jax.random.key(seed), base, rank, targets or L.LCM_TARGETS)
+    if decay and warmup >= steps:
+        raise InputError(f'warmup = {warmup} of {steps} steps; with decay it must be less')
     rate = (
         optax.warmup_cosine_decay_schedule(0, lr, warmup, steps, lr / 100)
         if decay

@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from lcm_jax import data, demo, metrics, train
+from lcm_jax import data, demo, lora, metrics, train
 from lcm_jax.errors import InputError
 from lcm_jax.lora_io import read_lora, write_lora
 from lcm_jax.pipeline import Pipeline
@@ -52,25 +53,30 @@ def test_resumed_run_is_bit_equal(teacher, cache, tmp_path):
     assert metadata['ss_network_dim'] == '4' and metadata['ss_network_alpha'] == '8.0'
 
 
-def test_training_lowers_the_distillation_loss(teacher, cache, tmp_path):
-    """The mean loss over fixed draws falls; the shipped LoRA, trained longer, is lower still."""
+def test_gradient_steps_lower_the_loss_towards_a_fixed_target(teacher, cache):
+    """The loss itself has a moving target and need not fall; with the target held, it must."""
     loss = train.make_loss(
         teacher,
         scale=1.0,
-        target='student',
+        target='ema',
         solver_steps=50,
         w_range=(2, 4),
         distance='huber',
         huber_c=0.001,
     )
+    start = lora.init(jax.random.key(0), teacher.params['unet'], 4)
+    frozen, samples = (teacher.params['unet'], cache), np.arange(16)
     value = jax.jit(
-        lambda lora: loss(
-            lora, lora, (teacher.params['unet'], cache), np.arange(48), jax.random.key(7)
-        )[0]
+        jax.value_and_grad(lambda x: loss(x, start, frozen, samples, jax.random.key(7))[0])
     )
-    trained = run(teacher, cache, tmp_path, 20, batch=16, ema_decay=0.5)
-    neutral = {p: {'down': ab['down'], 'up': 0 * ab['up']} for p, ab in trained.items()}
-    assert value(trained) < 0.9 * value(neutral)
+    tx = optax.adam(1e-3)
+    params, opt, values = start, tx.init(start), []
+    for _ in range(10):
+        now, grads = value(params)
+        values.append(float(now))
+        updates, opt = tx.update(grads, opt)
+        params = optax.apply_updates(params, updates)
+    assert values[-1] < 0.9 * values[0], values
 
 
 def test_settings_outside_the_tables_are_refused(teacher, cache, tmp_path):
@@ -79,6 +85,7 @@ def test_settings_outside_the_tables_are_refused(teacher, cache, tmp_path):
         ({'target': 'teacher'}, 'student, ema'),
         ({'weights': 'best'}, 'params, ema'),
         ({'batch': 5000}, 'must not exceed'),
+        ({'decay': True, 'warmup': 1}, 'must be less'),
         ({'targets': 'to_quack'}, 'to_quack'),
     ):
         with pytest.raises(InputError, match=said):
