@@ -18,6 +18,7 @@ LAYERS = [
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.configs models.shapes models.zoo lora_io distill loop
+    checkpoint
     pipeline
     lcm_jax train convert
     evaluate
