@@ -81,7 +81,7 @@ class Pipeline:
             specs['vae'],
             specs['text_encoder'],
             params,
-            Tokenizer(ckpt.tokenizer()),
+            ckpt.tokenizer(),
             schedule(
                 noise['beta_schedule'],
                 noise['beta_start'],

@@ -14,7 +14,7 @@ LAYERS = [
     line.split()
     for line in """
     errors original
-    tree diffusion data text metrics grid models.attention
+    tree diffusion data text tensors metrics grid models.attention
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.configs models.shapes models.zoo lora_io distill loop
