@@ -75,7 +75,7 @@ def save(picture, file):
 def convert(args):
     from lcm_jax.convert import convert
 
-    print(convert(args.source, args.out, args.dtype))
+    print(convert(args.source, args.out, args.to, args.dtype))
 
 
 def lora_inspect(args):
@@ -151,9 +151,16 @@ def parser():
     p.add_argument('--count', type=positive, default=1, help='pictures of the prompt; default: 1')
     p.add_argument('--size', type=positive, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='in px')
 
-    p = verb(convert, 'convert', 'convert a diffusers folder to an orbax checkpoint, or back')
-    p.add_argument('source', help='a diffusers folder, or a checkpoint that this verb wrote')
-    p.add_argument('out', help='folder to write; it must not exist')
+    p = verb(convert, 'convert', 'convert a model: diffusers folder, single file, orbax checkpoint')
+    p.add_argument(
+        'source', help="a model in any form: folder, single file, hub id, or 'emoji' (shipped)"
+    )
+    p.add_argument('out', help='folder or .safetensors file to write; it must not exist')
+    p.add_argument(
+        '--to',
+        help='diffusers, original or orbax; default: original for a .safetensors file, '
+        'orbax for a diffusers folder, diffusers for anything else',
+    )
     p.add_argument(
         '--dtype', default='keep', help='keep (the default), float32, bfloat16 or float16'
     )

@@ -14,10 +14,12 @@ LAYERS = [
     line.split()
     for line in """
     errors original
-    tree diffusion data text tensors metrics grid models.attention
-    weights lora samplers sharding models.layers
+    tree diffusion data text tensors hub metrics grid models.attention
+    weights orbax_io lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.configs models.shapes models.zoo lora_io distill loop
+    infer
+    single
     checkpoint
     pipeline
     lcm_jax train convert
