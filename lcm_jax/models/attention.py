@@ -46,7 +46,8 @@ def _head(q, k, v, causal):
         if causal:
             s = jnp.where(jnp.arange(s.size) <= i, s, -jnp.inf)
         p = jnp.exp(q.size**-0.5 * (s - lax.stop_gradient(s.max())))
-        return jnp.einsum('m,md->d', p.astype(q.dtype), v.astype(q.dtype)) / p.sum().astype(q.dtype)
+        # In half precision too: rounding p would spoil the gradient, a difference of large terms.
+        return (jnp.einsum('m,md->d', p, v) / p.sum()).astype(q.dtype)
 
     # The backward pass computes a block's scores again rather than keep them all.
     row = jax.checkpoint(row, prevent_cse=False)
