@@ -17,6 +17,7 @@ LAYERS = [
     tree diffusion data text tensors hub metrics grid models.attention
     weights orbax_io lora samplers sharding models.layers
     models.clip models.unet models.vae
+    models.tiny
     models.configs models.shapes models.zoo lora_io distill loop
     infer
     single
