@@ -13,7 +13,7 @@ ROOT = Path(lcm_jax.__file__).parent
 LAYERS = [
     line.split()
     for line in """
-    errors
+    errors original
     tree diffusion data text metrics grid models.attention
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
