@@ -17,7 +17,9 @@ LAYERS = [
     tree diffusion data text metrics grid models.attention
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
+    models.tiny
     models.configs models.shapes models.zoo lora_io distill loop
+    checkpoint
     pipeline
     lcm_jax train convert
     evaluate

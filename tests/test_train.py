@@ -7,7 +7,7 @@ import pytest
 
 from lcm_jax import data, demo, lora, metrics, train
 from lcm_jax.errors import InputError
-from lcm_jax.lora_io import read_lora, write_lora
+from lcm_jax.lora_files.files import read_lora, write_lora
 from lcm_jax.pipeline import Pipeline
 
 RECIPE = {**demo.RECIPE, 'batch': 8, 'warmup': 1, 'log_every': 1, 'rank': 4, 'alpha': 8.0}
