@@ -127,8 +127,7 @@ class Pipeline:
                 f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
                 f'{nearest(file, LORAS)} nor a file'
             )
-        models = {part: p for part, p in self.params.items() if part != 'vae'}
-        loras, metadata = read_lora(path, models)
+        loras, metadata = read_lora(path, self.params)
         accelerates = metadata.get('lcm_jax.accelerates') == 'true' or 'lcm' in name.lower()
         self.adapters[name] = Adapter(jax.tree.map(jnp.asarray, loras), scale, accelerates)
         self._remerge()

@@ -193,7 +193,9 @@ def distil(
         }
 
     def show(step, state, writer):
-        pictures = pipe.with_lora({'unet': baked(state)})(list(PROMPTS), steps=4, sampler='lcm', guidance=1.0)
+        pictures = pipe.with_lora({'unet': baked(state)})(
+            list(PROMPTS), steps=4, sampler='lcm', guidance=1.0
+        )
         writer.add_image(
             'four_steps',
             np.concatenate([np.asarray(p) for p in pictures], 1),

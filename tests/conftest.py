@@ -111,7 +111,8 @@ def random_lora(params, scale=0.3):
 
 
 def write_random_lora(params, file, **options):
-    write_lora(file, random_lora(params), **{'alpha': 4.0, 'dtype': np.float32} | options)
+    options = {'alpha': 4.0, 'dtype': np.float32} | options
+    write_lora(file, {'unet': random_lora(params)}, {'unet': params}, **options)
     return file
 
 

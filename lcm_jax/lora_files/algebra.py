@@ -59,15 +59,22 @@ def factored(delta, rank):
     if min(matrix.shape) <= 2 * width:
         u, sigma, v = np.linalg.svd(matrix, full_matrices=False)
     else:
-        q = np.random.default_rng(0).normal(size=(matrix.shape[1], width)).astype(np.float32)
-        for _ in range(POWER):
-            q = np.linalg.qr(matrix.T @ np.linalg.qr(matrix @ q)[0])[0]
-        q = np.linalg.qr(matrix @ q)[0]
-        u, sigma, v = np.linalg.svd(q.T @ matrix, full_matrices=False)
-        u = q @ u
+        u, sigma, v = _randomized(matrix, width)
     u, sigma, v = u[:, :rank], sigma[:rank], v[:rank]
     error = np.linalg.norm(matrix - (u * sigma) @ v)
     return _balanced(u, sigma, v, delta.shape), float(error)
+
+
+def _randomized(matrix, width):
+    """The first `width` singular triples, nearly."""
+    if len(matrix) < matrix.shape[1]:  # the columns, which are made orthogonal, be the fewer
+        u, sigma, v = _randomized(matrix.T, width)
+        return v.T, sigma, u.T
+    q = np.random.default_rng(0).normal(size=(matrix.shape[1], width)).astype(np.float32)
+    for _ in range(POWER):
+        q = np.linalg.qr(matrix.T @ (matrix @ q))[0]
+    u, sigma, v = np.linalg.svd(matrix @ q, full_matrices=False)
+    return u, sigma, v @ q.T
 
 
 def _balanced(left, sigma, right, shape):

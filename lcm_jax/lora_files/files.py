@@ -27,22 +27,24 @@ def modules(params) -> Spots:
     return out
 
 
-def read_lora(file, models, source=None):
+def read_lora(file, models):
     """A LoRA file in any dialect -> ({component: adapter as in lora.py}, metadata).
 
     models: {component: parameters, may be abstract}, of 'unet', 'text_encoder', 'text_encoder_2'.
     The scales alpha / r are baked into `up`; factors are float32 numpy arrays. An
-    adapter_config.json beside a file of peft's own is read too. Raises InputError naming the file,
-    or `source`: if a key belongs to no module or to a method that is not supported, if a tensor is
-    given twice or is missing, if its shape does not fit, or if a value is not finite.
+    adapter_config.json beside a file of peft's own is read too. Raises InputError naming the file: if
+    a key belongs to no module or to a method that is not supported, if a tensor is given twice or
+    is missing, if its shape does not fit, or if a value is not finite.
     """
-    source = source or file
     tensors, metadata = weights.read_tensors(file)
-    spots = {component: modules(params) for component, params in models.items()}
+    return place(tensors, peft_config.load(metadata, file), models, file), metadata
+
+
+def place(tensors, config, models, source):
+    """A LoRA file's tensors and peft config -> {component: adapter}; `read_lora` without the disk."""
+    spots = {part: modules(models[part]) for part in dialects.COMPONENTS if part in models}
     found = locate(tensors, spots, source)
-    options = {
-        component: peft_config.read(metadata, Path(file), component, source) for component in spots
-    }
+    options = {part: peft_config.options(config, part, source) for part in spots}
     adapters, bad = defaultdict(dict), defaultdict(list)
     for (component, module), roles in found.items():
         path, perm, shape = spots[component][module]
@@ -55,9 +57,9 @@ def read_lora(file, models, source=None):
         except methods.Misfit as e:
             bad[e.args[0]].append(f'{module} {e.args[1]}'.rstrip())
     if bad:
-        said = '; '.join(f'{listing(v, len(found), "modules")} {k}' for k, v in bad.items())
+        said = '; '.join(listing(v, len(found), f'modules {k}') for k, v in bad.items())
         raise InputError(f'{source}: {said}{_looks(tensors)}; nothing was loaded')
-    return dict(adapters), metadata
+    return dict(adapters)
 
 
 def locate(keys, spots, source):
@@ -90,7 +92,7 @@ def locate(keys, spots, source):
     if unknown:
         raise InputError(_strange(sorted(unknown), keys, known, source))
     if twice:
-        raise InputError(f'{source}: {listing(twice, len(keys), "tensors")} say the same twice')
+        raise InputError(f'{source}: {listing(twice, len(keys), "tensors are given twice")}')
     return found
 
 
@@ -122,9 +124,8 @@ def _strange(unknown, keys, known, source):
                 f'not supported; nothing was loaded'
             )
     return (
-        f'{source}: {listing(unknown, len(keys), "tensors")} belong to no module of this model '
-        f'({", ".join(sorted({c for _, c in known}))}) in any known dialect '
-        f'({", ".join(dialects.DIALECTS)}){_nearest(unknown[0], known)}'
+        f'{source}: {listing(unknown, len(keys), "tensors belong to no module of this model")} '
+        f'in any known dialect ({", ".join(dialects.DIALECTS)}){_nearest(unknown[0], known)}'
         f'{_looks(keys)}; nothing was loaded'
     )
 
@@ -186,7 +187,9 @@ def write_lora(file, adapters, models, *, alpha, dialect=None, dtype=np.float16,
     part = file.with_name(f'.unchecked-{file.name}')
     try:
         weights.write_tensors(part, tensors, metadata)
-        _compare(read_lora(part, models, f'{file} in {alpha.dtype}')[0], adapters, alpha, file)
+        tensors, metadata = weights.read_tensors(part)
+        config, source = peft_config.load(metadata, part), f'{file} in {alpha.dtype}'
+        _compare(place(tensors, config, models, source), adapters, alpha, file)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)

@@ -87,8 +87,7 @@ def _loha(t, shape):
 def _lokr(t, shape):
     """Kronecker product of two matrices, each whole or as factors."""
     (a, b), (c, d) = (
-        _whole(_flat(t[name])) if name in t else _part(t, name, core)
-        for name, core in (('lokr_w1', 'lokr_t1'), ('lokr_w2', 'lokr_t2'))
+        _whole(_flat(t[name])) if name in t else _part(t, name, core) for name, core in LOKR
     )
     if len(a) * len(c) != shape[0] or b[0].size * d[0].size != np.prod(shape[1:]):
         raise ValueError('factors of another shape')
@@ -106,6 +105,7 @@ def _whole(w):
 
 
 _LOHA = {'hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b'}
+LOKR = ('lokr_w1', None), ('lokr_w2', 'lokr_t2')  # the matrices and their cores
 METHODS = (  # the roles that a module has in the file, all of them and no other
     ({'up', 'down'}, _lora),
     ({'up', 'down', 'mid'}, _locon),
@@ -118,6 +118,39 @@ METHODS = (  # the roles that a module has in the file, all of them and no other
     ({'lokr_w1_a', 'lokr_w1_b', 'lokr_w2_a', 'lokr_w2_b'}, _lokr),
     ({'lokr_w1_a', 'lokr_w1_b', 'lokr_w2_a', 'lokr_w2_b', 'lokr_t2'}, _lokr),
 )
+
+
+NAMES = {_lora: 'LoRA', _locon: 'LoCon', _loha: 'LoHa', _lokr: 'LoKr'}
+
+
+def implied_shape(tensors):
+    """{role: array} of a complete module -> the shape of its weight, as far as the file tells.
+
+    The kernel's axes may be joined with the inputs.
+    """
+    if 'down' in tensors:
+        core = tensors.get('mid', tensors['down'])
+        return len(tensors['up']), tensors['down'].shape[1], *core.shape[2:]
+    if 'hada_w1_b' in tensors:
+        a, b = tensors['hada_w1_a'], _flat(tensors['hada_w1_b'])
+        core = tensors.get('hada_t1')
+        return (
+            (a.shape[0], b.shape[1]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
+        )
+    sides = []
+    for name, core in LOKR:
+        if name in tensors:
+            sides.append(_flat(tensors[name]).shape)
+        else:
+            up, down = _part(tensors, name, core)
+            sides.append((len(up), down.shape[1]))
+    return tuple(np.prod(sides, axis=0))
+
+
+def name(roles):
+    """The name of the method that a module's `roles` are of."""
+    found = next((method for want, method in METHODS if roles <= want), None)
+    return NAMES.get(found, 'unknown')
 
 
 def lacking(roles):

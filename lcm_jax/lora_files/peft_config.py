@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 from lcm_jax import weights
 from lcm_jax.errors import InputError
@@ -13,39 +14,45 @@ BESIDE = 'adapter_config.json'  # the same of a file that peft itself saved
 BASE_CHANGING = 'pissa', 'olora', 'corda', 'loftq', 'lora_ga'
 
 
-def read(metadata, file, component, source):
-    """The peft options of one component, {} if there are none. Raises InputError naming `source`."""
-    config, where = _load(metadata, file, source)
-    options = {
+def load(metadata, file):
+    """A LoRA file's metadata and place -> its peft config, {} if it has none. InputError if bad."""
+    beside = Path(file).with_name(BESIDE)
+    config = {}
+    if KEY in metadata:
+        try:
+            config = json.loads(metadata[KEY])
+        except ValueError as e:
+            raise InputError(f'{file}: {KEY} is not a peft config in JSON: {e}') from e
+    elif Path(file).stem == 'adapter_model' and beside.is_file():
+        config = weights.read_json(beside)
+    if not isinstance(config, dict):
+        raise InputError(f'{file}: its peft config is a {type(config).__name__}, not an object')
+    return config
+
+
+def options(config, component, source):
+    """The options of one component in a peft config. Raises InputError, naming `source`, if bad."""
+    own = {
         key.removeprefix(f'{component}.'): value
         for key, value in config.items()
         if '.' not in key or key.startswith(f'{component}.')
     }
-    numbers = [options.get('lora_alpha') or 1, *(options.get('alpha_pattern') or {}).values()]
-    if not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
-        raise InputError(f'{source}: alpha in its {where} is not a finite number: {numbers}')
-    init = str(options.get('init_lora_weights')).lower()
-    if options.get('use_dora') or init.startswith(BASE_CHANGING):
-        method = 'DoRA' if options.get('use_dora') else init
-        raise InputError(f'{source}: {method} in its {where} is not supported; nothing was loaded')
-    return options
-
-
-def _load(metadata, file, source):
-    """The whole peft config of a file, and where it was found."""
-    if KEY in metadata:
-        try:
-            config, where = json.loads(metadata[KEY]), KEY
-        except ValueError as e:
-            raise InputError(f'{source}: {KEY} is not a peft config in JSON: {e}') from e
-    elif file.stem == 'adapter_model' and file.with_name(BESIDE).is_file():
-        config, where = weights.read_json(file.with_name(BESIDE)), BESIDE
-    else:
-        config, where = {}, ''
-    patterns = [v for k, v in config.items() if k.endswith('alpha_pattern')] if config else []
-    if not isinstance(config, dict) or not all(isinstance(v or {}, dict) for v in patterns):
-        raise InputError(f'{source}: {where} is not a peft config')
-    return config, where
+    patterns = own.setdefault('alpha_pattern', {}) or {}
+    alphas = [
+        own.get('lora_alpha') or 1,
+        *(patterns.values() if isinstance(patterns, dict) else '?'),
+    ]
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in alphas):
+        raise InputError(
+            f'{source}: lora_alpha in its peft config is not a finite number: {alphas}'
+        )
+    init = str(own.get('init_lora_weights')).lower()
+    method = 'DoRA' if own.get('use_dora') else init if init.startswith(BASE_CHANGING) else ''
+    if method:
+        raise InputError(
+            f'{source}: {method} in its peft config is not supported; nothing was loaded'
+        )
+    return own
 
 
 def scale(alpha, rank, options, module):
