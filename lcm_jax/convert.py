@@ -1,4 +1,4 @@
-"""Models between diffusers folders, single files and orbax checkpoints; LoRA files between dialects."""
+"""Models between diffusers folders, single files and orbax checkpoints."""
 
 import json
 import shutil
@@ -6,10 +6,9 @@ import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
-from lcm_jax import lora_io, orbax_io, single, weights
+from lcm_jax import orbax_io, single, weights
 from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_model
 from lcm_jax.errors import InputError, choose
 
@@ -139,72 +138,3 @@ def write_rest(ckpt, found, folder):
     for path, text in texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding='utf-8')
-
-
-def factors(file):
-    """A LoRA file -> dialect, (down, up, alpha), metadata; each of the three {module: array}.
-
-    Needs no model. Raises InputError unless one dialect explains every key.
-    """
-    tensors, metadata = weights.read_tensors(file)
-    tables = {}
-    for dialect, keys_of in lora_io.DIALECTS.items():
-        leaves = [key and key.partition('@')[2] for key in keys_of('unet', '@')]
-        tables[dialect] = [
-            {key.removesuffix(leaf): x for key, x in tensors.items() if leaf and key.endswith(leaf)}
-            for leaf in leaves
-        ]
-    dialect = max(tables, key=lambda name: sum(map(len, tables[name])))
-    strange = len(tensors) - sum(map(len, tables[dialect]))
-    if strange or not tensors:
-        dialects, keys = ', '.join(lora_io.DIALECTS), ', '.join([*tensors][:3])
-        raise InputError(
-            f'{file}: {strange} of {len(tensors)} tensors are no LoRA factors in a known dialect '
-            f'({dialects}); the first keys are {keys}'
-        )
-    return dialect, tables[dialect], metadata
-
-
-def inspect_lora(file):
-    """A LoRA file -> what is in it, as text. Raises InputError if it is not one."""
-    dialect, (down, up, alpha), metadata = factors(file)
-    arrays = (*down.values(), *up.values())
-    said = {
-        'file': file,
-        'dialect': dialect,
-        'modules': f'{len(down.keys() & up.keys())} (incomplete: {len(down.keys() ^ up.keys())})',
-        'rank': listed(x.shape[0] for x in down.values()),
-        'alpha': listed(float(x) for x in alpha.values()) or 'not among the tensors',
-        'parameters': f'{sum(x.size for x in arrays):,}',
-        'dtype': ', '.join(sorted({str(x.dtype) for x in arrays})),
-        'metadata': f'{len(metadata)} entries',
-    }
-    lines = [f'{key:<12}{value}' for key, value in said.items()]
-    return '\n'.join(lines + [f'  {key}: {value}' for key, value in sorted(metadata.items())])
-
-
-def listed(numbers):
-    """Numbers -> their distinct values as text, such as '16' or '4, 8, 12, ... (9 values)'."""
-    values = sorted(set(numbers))
-    text = ', '.join(f'{v:g}' for v in values[:3])
-    return text if len(values) <= 3 else f'{text}, ... ({len(values)} values)'
-
-
-def convert_lora(file, out, model='emoji', dialect='kohya'):
-    """Write a LoRA file for the UNet of `model` in another dialect; returns what was done.
-
-    float16 stays float16, anything else becomes float32; alpha becomes the rank unless all tensors
-    of alpha agree. Raises InputError if `out` is no .safetensors name or the LoRA does not fit.
-    """
-    if Path(out).suffix != '.safetensors':
-        raise InputError(f'{out}: the name must end in .safetensors')
-    abstract = open_model(model).shapes('unet')
-    lora, metadata = lora_io.read_lora(file, abstract)
-    _, (down, _, alpha), _ = factors(file)
-    alphas = {float(x) for x in alpha.values()}
-    alpha = float(alphas.pop() if len(alphas) == 1 else max(x.shape[0] for x in down.values()))
-    dtype = np.float16 if all(x.dtype == np.float16 for x in down.values()) else np.float32
-    anew = 'format', 'ss_network_', 'sshs_', lora_io.PEFT_METADATA  # these describe the old form
-    kept = {key: value for key, value in metadata.items() if not key.startswith(anew)}
-    lora_io.write_lora(out, lora, alpha=alpha, dialect=dialect, dtype=dtype, metadata=kept)
-    return f'wrote {out}: {len(lora)} modules in the {dialect} dialect'

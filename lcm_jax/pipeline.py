@@ -17,7 +17,7 @@ from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model
 from lcm_jax.data import EMOJI
 from lcm_jax.diffusion import KINDS, denoiser, guided, schedule
 from lcm_jax.errors import InputError, choose, nearest
-from lcm_jax.lora_io import read_lora
+from lcm_jax.lora_files.files import read_lora
 from lcm_jax.models import configs
 from lcm_jax.models.clip import TextEncoder, TextSpec
 from lcm_jax.models.unet import UNet, UNetSpec
@@ -36,7 +36,7 @@ SCHEDULER_ONLY = {
 class Adapter(NamedTuple):
     """A loaded LoRA."""
 
-    lora: dict  # as `lora.init` makes it
+    loras: dict  # {component: adapter as `lora.init` makes it}
     scale: float
     accelerates: bool  # made for few steps without guidance
 
@@ -45,8 +45,8 @@ class Adapter(NamedTuple):
 class Pipeline:
     """Networks, their parameters and the noise schedule of one Stable Diffusion model.
 
-    `params` are the base weights and never change; pictures are drawn with `merged`, the base UNet
-    plus the scaled adapters.
+    `params` are the base weights and never change; pictures are drawn with `merged`, the same
+    tree with the scaled adapters added.
     """
 
     checkpoint: Checkpoint
@@ -90,7 +90,7 @@ class Pipeline:
             ),
             kind,
             (height * specs['vae'].factor, width * specs['vae'].factor),
-            params['unet'],
+            params,
         )
 
     def net(self, params, z, t, context):
@@ -99,7 +99,7 @@ class Pipeline:
 
     def encode_text(self, prompts):
         """[B] str -> context [B,L,D]. Raises InputError for a prompt over the model's length."""
-        return _encode_text(self.text, self.params['text_encoder'], self.tokenizer(prompts))
+        return _encode_text(self.text, self.merged['text_encoder'], self.tokenizer(prompts))
 
     def latent_shape(self, size=None):
         """(height, width) in px, default the model's own -> (h, w, C) of a latent."""
@@ -127,9 +127,9 @@ class Pipeline:
                 f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
                 f'{nearest(file, LORAS)} nor a file'
             )
-        lora, metadata = read_lora(path, self.params['unet'])
+        loras, metadata = read_lora(path, self.params)
         accelerates = metadata.get('lcm_jax.accelerates') == 'true' or 'lcm' in name.lower()
-        self.adapters[name] = Adapter(jax.tree.map(jnp.asarray, lora), scale, accelerates)
+        self.adapters[name] = Adapter(jax.tree.map(jnp.asarray, loras), scale, accelerates)
         self._remerge()
 
     def set_scale(self, name, scale):
@@ -143,16 +143,20 @@ class Pipeline:
         del self.adapters[name]
         self._remerge()
 
-    def with_lora(self, lora):
-        """A Pipeline that shares these weights and draws with this acceleration LoRA alone."""
-        other = dataclasses.replace(self, adapters={'live': Adapter(lora, 1.0, True)})
+    def with_lora(self, loras):
+        """A Pipeline that shares these weights and draws with this acceleration LoRA alone.
+
+        loras: {component: adapter}.
+        """
+        other = dataclasses.replace(self, adapters={'live': Adapter(loras, 1.0, True)})
         other._remerge()
         return other
 
     def _remerge(self):
-        self.merged = self.params['unet']
-        for lora, scale, _ in self.adapters.values():
-            self.merged = _merge(self.merged, lora, float(scale))
+        self.merged = dict(self.params)
+        for loras, scale, _ in self.adapters.values():
+            for part, lora in loras.items():
+                self.merged[part] = _merge(self.merged[part], lora, float(scale))
 
     def __call__(
         self,
@@ -215,7 +219,7 @@ class Pipeline:
             null = self.encode_text([negative or ''])
             context = jnp.concatenate([context, jnp.broadcast_to(null, context.shape)])
         pictures = self.draw(
-            self.merged,
+            self.merged['unet'],
             jnp.asarray(latents, jnp.float32),
             context,
             times,

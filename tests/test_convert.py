@@ -11,7 +11,7 @@ from lcm_jax import weights
 from lcm_jax.checkpoint import open_model
 from lcm_jax.convert import convert, convert_lora, inspect_lora
 from lcm_jax.errors import InputError
-from lcm_jax.lora_io import read_lora
+from lcm_jax.lora_files.files import read_lora
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tree import named
 
