@@ -1,15 +1,17 @@
 """A model on disk, opened: its configs, weights, noise schedule and tokenizers, whatever its form."""
 
 import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
-from lcm_jax import weights
+from lcm_jax import tensors, weights
 from lcm_jax.data import EMOJI
 from lcm_jax.errors import InputError, nearest
 from lcm_jax.models import configs, shapes
+from lcm_jax.text import Tokenizer
 
 MODELS = {'emoji': EMOJI / 'pipeline'}  # shipped
 # Component folder -> (weights file, config -> spec, spec -> abstract parameters).
@@ -28,10 +30,12 @@ SCHEDULER = Path('scheduler', 'scheduler_config.json')
 class Checkpoint:
     """An opened model. Configs are diffusers' and transformers' own, as dicts."""
 
-    folder: Path
+    folder: Path  # or single file
     index: dict  # model_index.json
     configs: dict[str, dict]  # component -> config.json
     scheduler: dict  # scheduler_config.json
+    open: Callable  # component -> its {checkpoint key: Tensor} as they are on disk
+    tokenizer: Callable  # name, default 'tokenizer' -> Tokenizer
 
     def spec(self, part):
         """Component -> its spec. InputError for a component that is not there or not supported."""
@@ -43,22 +47,22 @@ class Checkpoint:
         """Component -> its parameters as shapes of `dtype`."""
         return COMPONENTS[part][2](self.spec(part), dtype)
 
-    def file(self, part):
-        """Component -> its weights file."""
-        return self.folder / part / COMPONENTS[part][0]
-
-    def load(self, part, dtype=jnp.float32):
-        """Component -> its parameters on the device, in `dtype`.
+    def tensors(self, part):
+        """Component -> {diffusers key: Tensor}, complete and of the right shapes; none is read.
 
         Raises InputError naming the file that is missing, unreadable or does not fit its config.
         """
-        tensors, _ = weights.read_tensors(self.file(part))
-        params = weights.load(self.shapes(part, dtype), tensors, self.file(part))
-        return jax.tree.map(jnp.asarray, params)
+        want = weights.keys(self.shapes(part))
+        return weights.cover(want, self.open(part), self.folder / part)
 
-    def tokenizer(self, name='tokenizer'):
-        """The folder of a tokenizer."""
-        return self.folder / name
+    def load(self, part, dtype=jnp.float32, sharding=None):
+        """Component -> its parameters in `dtype`, each placed straight on its devices.
+
+        sharding: None (the default device), a Sharding, or a tree of them. Raises InputError as
+        `tensors` does, and for a tensor that is not finite.
+        """
+        tree = weights.bind(self.shapes(part, dtype), self.open(part), self.folder / part)
+        return weights.place(tree, sharding)
 
 
 def open_model(name):
@@ -80,7 +84,82 @@ def open_folder(folder):
     folder = Path(folder)
 
     def read(file):
-        return weights.read_json(folder / file) if (folder / file).is_file() else {}
+        return tensors.read_json(folder / file) if (folder / file).is_file() else {}
 
     parts = {part: read(Path(part, 'config.json')) for part in COMPONENTS}
-    return Checkpoint(folder, read(INDEX), {k: v for k, v in parts.items() if v}, read(SCHEDULER))
+    return Checkpoint(
+        folder,
+        read(INDEX),
+        {k: v for k, v in parts.items() if v},
+        read(SCHEDULER),
+        lambda part: open_component(folder, part),
+        lambda name='tokenizer': Tokenizer(folder / name),
+    )
+
+
+# --- which file of a component's folder holds its weights
+
+STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model')  # diffusers, transformers (two)
+ENDS = ('safetensors', 'bin')
+
+
+def weights_file(names):
+    """File names of a component's folder -> the one to open: weights, or the index of their shards.
+
+    safetensors before pickles, the plain file before variants such as fp16, one file before shards.
+    None if there is none. Raises InputError where the only choice is between variants.
+    """
+    for end in ENDS:
+        for stem in STEMS:
+            for plain in (f'{stem}.{end}', f'{stem}.{end}.index.json'):
+                if plain in names:
+                    return plain
+            for variant in (rf'{stem}\.(\w+)\.{end}', rf'{stem}\.{end}\.index\.(\w+)\.json'):
+                found = sorted(name for name in names if re.fullmatch(variant, name))
+                if len(found) > 1:
+                    raise InputError(f'choose one of {", ".join(found)} and name it {stem}.{end}')
+                if found:
+                    return found[0]
+    return None
+
+
+def open_component(folder, part):
+    """A component of a folder -> {checkpoint key: Tensor}. Raises InputError naming the file."""
+    folder = folder / part
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    try:
+        name = weights_file(names)
+    except InputError as e:
+        raise InputError(f'{folder}: {e}') from e
+    if name is None:
+        raise InputError(f'no such file: {folder / COMPONENTS[part][0]}')
+    if name.endswith('.json'):
+        return open_shards(folder / name)
+    return open_file(folder / name)
+
+
+def open_file(file):
+    """A file of weights, safetensors or pickle -> {checkpoint key: Tensor}."""
+    return (
+        tensors.open_tensors(file)[0]
+        if file.suffix == '.safetensors'
+        else tensors.open_pickle(file)
+    )
+
+
+def open_shards(index):
+    """The index of a sharded file -> {checkpoint key: Tensor} of all shards."""
+    where = tensors.read_json(index)
+    where = where.get('weight_map') if isinstance(where, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(x, str) for x in where.values()):
+        raise InputError(f'{index} has no weight_map of keys to files')
+    found = {}
+    for file in sorted(set(where.values())):
+        found |= open_file(index.parent / Path(file).name)
+    absent = sorted(where.keys() - found.keys())
+    if absent:
+        raise InputError(
+            f'{index} names {len(absent)} tensors that its shards do not hold: '
+            f'{", ".join(absent[:3])}{nearest(absent[0], found)}'
+        )
+    return found

@@ -4,18 +4,15 @@ Submodules carry the checkpoint's own names, so a path with its '/' turned into 
 checkpoint's key; what is left to say is the leaf's name and the order of its axes.
 """
 
-import json
-import os
 import re
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from lcm_jax.errors import InputError, nearest
-from lcm_jax.tree import named
+from lcm_jax.tensors import lazy, read_json, read_tensors, write_tensors  # noqa: F401
+from lcm_jax.tree import map_named, named
 
 # (our path, their leaf, {rank: their axes in terms of ours}); first match wins.
 RULES = (
@@ -35,6 +32,8 @@ ALIASES = (
     (r'\.value\.', '.to_v.'),
     (r'\.proj_attn\.', '.to_out.0.'),
 )
+
+READERS = 4  # tensors being read at a time; each is on the host once or twice
 
 # Keys of old files that hold no weights.
 BUFFERS = re.compile(r'.*\.position_ids')
@@ -68,22 +67,26 @@ def _ours(key, want, have):
     return key
 
 
-def load(abstract, tensors, source='checkpoint'):
-    """{checkpoint key: array} -> parameters shaped and typed as `abstract`.
+def cover(want, tensors, source='checkpoint'):
+    """{key: shape} and a file's {key: array or Tensor} -> {key: Tensor}, in the order of `want`.
 
-    The two must cover each other exactly; otherwise one InputError names what is missing, what is
-    unexpected and what has another shape. `source` is named in it.
+    The two must cover each other exactly, but for ALIASES, BUFFERS and 1x1 convolutions that stand
+    for products; otherwise one InputError names what is missing, what is unexpected and what has
+    another shape. `source` is named in it. Nothing is read.
     """
-    want = keys(abstract)
-    tensors = {_ours(k, want, tensors): x for k, x in tensors.items() if not BUFFERS.fullmatch(k)}
-    have = tensors.keys()
+    found = {_ours(k, want, tensors): x for k, x in tensors.items() if not BUFFERS.fullmatch(k)}
+    for key, x in found.items():
+        x = found[key] = lazy(x, f'{source}: {key}')
+        if x.shape == (*want.get(key, ()), 1, 1) and x.ndim == 4:
+            found[key] = x.reshape(want[key])
+    have = found.keys()
     problems = {
         'missing': sorted(want.keys() - have),
         'unexpected': sorted(have - want.keys()),
         'misshapen': sorted(
-            f'{k} {tuple(tensors[k].shape)} instead of {want[k]}'
+            f'{k} {found[k].shape} instead of {want[k]}'
             for k in have & want.keys()
-            if tuple(tensors[k].shape) != want[k]
+            if found[k].shape != want[k]
         ),
     }
     if any(problems.values()):
@@ -98,11 +101,42 @@ def load(abstract, tensors, source='checkpoint'):
         raise InputError(
             f'{source} does not fit the model of {len(want)} tensors: {"; ".join(said)}'
         )
-    leaves = []
-    for path, x in named(abstract):
+    return {key: found[key] for key in want}
+
+
+def bind(abstract, tensors, source='checkpoint'):
+    """{checkpoint key: array or Tensor} -> tree of Tensors shaped and typed as `abstract`.
+
+    Raises InputError as `cover` does. Nothing is read.
+    """
+    tensors = cover(keys(abstract), tensors, source)
+
+    def leaf(path, x):
         key, perm = theirs(path, x.ndim)
-        leaves.append(np.transpose(tensors[key], np.argsort(perm)).astype(x.dtype))
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+        return tensors[key].astype(x.dtype).transpose(np.argsort(perm))
+
+    return map_named(leaf, abstract)
+
+
+def load(abstract, tensors, source='checkpoint'):
+    """{checkpoint key: array or Tensor} -> parameters, as numpy arrays; see `bind`."""
+    return jax.tree.map(np.asarray, bind(abstract, tensors, source))
+
+
+def place(tree, sharding=None):
+    """Tree of Tensors -> the arrays on their devices; each is on the host only while it is read.
+
+    sharding: None (the default device), a Sharding, or a tree of them, as in `jax.device_put`.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    homes = jax.tree.broadcast(sharding, tree, is_leaf=lambda x: x is None)
+    homes = jax.tree.leaves(homes, is_leaf=lambda x: x is None)
+
+    def put(x, home):
+        return jax.device_put(np.asarray(x), home).block_until_ready()
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return jax.tree.unflatten(structure, pool.map(put, leaves, homes))
 
 
 def dump(params):
@@ -112,31 +146,3 @@ def dump(params):
         key, perm = theirs(path, x.ndim)
         out[key] = np.ascontiguousarray(np.transpose(np.asarray(x), perm))
     return out
-
-
-def read_tensors(file):
-    """A .safetensors file -> ({key: numpy array}, metadata). Raises InputError naming the file."""
-    if not os.path.isfile(file):
-        raise InputError(f'no such file: {file}')
-    try:
-        with safetensors.safe_open(file, framework='np') as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118 (a safe_open is no dict)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as e:
-        raise InputError(f'{file} is not a readable safetensors file: {e}') from e
-
-
-def write_tensors(file, tensors, metadata=None):
-    """Write a .safetensors file; it appears whole or not at all."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + '.part')
-    safetensors.numpy.save_file(tensors, part, metadata={'format': 'pt', **(metadata or {})})
-    os.replace(part, file)
-
-
-def read_json(file):
-    """A .json file -> its value. Raises InputError naming the file."""
-    try:
-        return json.loads(Path(file).read_text())
-    except (OSError, ValueError) as e:
-        raise InputError(f'cannot read {file}: {e}') from e

@@ -13,8 +13,8 @@ ROOT = Path(lcm_jax.__file__).parent
 LAYERS = [
     line.split()
     for line in """
-    errors
-    tree diffusion data text metrics grid models.attention
+    errors original
+    tree diffusion data text tensors metrics grid models.attention
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.tiny
