@@ -97,6 +97,15 @@ def open_folder(folder):
     )
 
 
+def open_part(name, part):
+    """A model, or the folder of one component alone -> Checkpoint that has this component."""
+    folder = Path(name)
+    if (folder / INDEX).is_file() or not (folder / 'config.json').is_file():
+        return open_model(name)
+    config = tensors.read_json(folder / 'config.json')
+    return Checkpoint(folder, {}, {part: config}, {}, lambda _: open_component(folder, ''), None)
+
+
 # --- which file of a component's folder holds its weights
 
 STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model')  # diffusers, transformers (two)

@@ -14,6 +14,7 @@ from lcm_jax.errors import choose
 
 CLEAN = -1
 
+
 def _cosine(lo, hi, n):
     """Improved DDPM (arXiv 2102.09672, eq. 17); it has no use for the end points."""
     alphas = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -25,7 +26,9 @@ BETAS = {
     'linear': lambda lo, hi, n: np.linspace(lo, hi, n, dtype=np.float64),
     'squaredcos_cap_v2': _cosine,
 }
-LEAST = 2.0**-24  # of abar: a last alpha of 0 has no log-SNR (diffusers' Euler and DPM-Solver alike)
+LEAST = (
+    2.0**-24
+)  # of abar: a last alpha of 0 has no log-SNR (diffusers' Euler and DPM-Solver alike)
 
 
 def schedule(

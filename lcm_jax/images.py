@@ -8,13 +8,15 @@ from lcm_jax.errors import InputError
 
 
 def as_list(images, n, what):
-    """One PIL image, or a list of `n` -> list of 1 or n of one size. `what` is named in errors."""
+    """One PIL image, or a list of `n` -> list of 1 or n; None stays. `what` is named in errors."""
+    if images is None:
+        return None
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     for image in images:
         if not isinstance(image, Image.Image):
             raise InputError(f'{what} is a {type(image).__name__}; give a PIL image, or a list')
     if len(images) not in (1, n):
-        raise InputError(f'{len(images)} {what}s for {n} prompts; give one, or one per prompt')
+        raise InputError(f'{len(images)} {what}s for {n} prompts; give one for all, or one each')
     return images
 
 

@@ -2,63 +2,23 @@
 
 import dataclasses
 import functools
-import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lcm_jax import images, samplers
-from lcm_jax import lora as L
+from lcm_jax import adapters, images, request, samplers
+from lcm_jax.adapters import Adapter
 from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model, open_part
-from lcm_jax.conditioning import TEXT_ENCODERS, encode_text, micro_conditioning
-from lcm_jax.data import EMOJI
+from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.draw import PARTS, Plan, apply_unet, draw
-from lcm_jax.errors import InputError, choose, nearest
-from lcm_jax.lora_io import read_lora
-from lcm_jax.models.configs import Config
+from lcm_jax.errors import InputError, choose
+from lcm_jax.families import Family, check_channels, read_family, takes_mask
 from lcm_jax.scheduler import Schedule, read_schedule
 from lcm_jax.text import Tokenizer
-from lcm_jax.tree import map_named
-
-LORAS = {'lcm': EMOJI / 'lcm_lora.safetensors'}
-
-
-class Family(NamedTuple):
-    """What a class of model_index.json says beyond its components' own configs."""
-
-    text_encoders: tuple[str, ...]
-    guidance: float  # default without an acceleration LoRA, diffusers'
-    zero_null: bool = False  # no negative prompt: zeros (True) or the empty prompt's embedding
-
-
-SD = Family(TEXT_ENCODERS[:1], 7.5)
-SDXL = Family(TEXT_ENCODERS, 5.0, True)
-LCM = Family(TEXT_ENCODERS[:1], 8.5)
-FAMILIES = {
-    'StableDiffusionPipeline': SD,
-    'StableDiffusionImg2ImgPipeline': SD,
-    'StableDiffusionInpaintPipeline': SD,
-    'StableDiffusionXLPipeline': SDXL,
-    'StableDiffusionXLImg2ImgPipeline': SDXL,
-    'StableDiffusionXLInpaintPipeline': SDXL,
-    'LatentConsistencyModelPipeline': LCM,
-    'LatentConsistencyModelImg2ImgPipeline': LCM,
-}
-# Keys of model_index.json with the only values that are drawn as the model means them. Components
-# that are not named here or by the family (safety checker, image encoder, ...) are left aside.
-INDEX_ONLY = {'_class_name': tuple(FAMILIES), 'requires_aesthetics_score': (False,)}
-
-
-class Adapter(NamedTuple):
-    """A loaded LoRA."""
-
-    lora: dict[str, dict]  # component -> adapter, as `lora.init` makes it
-    scale: float
-    accelerates: bool  # made for few steps without guidance
 
 
 @dataclasses.dataclass(eq=False)
@@ -92,40 +52,32 @@ class Pipeline:
         Raises InputError for what is missing, does not fit or is not supported.
         """
         ckpt = open_model(name)
-        index = Config(ckpt.index, INDEX_ONLY, ckpt.folder / INDEX)
-        family = FAMILIES[index['_class_name']]
-        family = family._replace(
-            zero_null=index.get('force_zeros_for_empty_prompt', family.zero_null)
-        )
+        family = read_family(ckpt.index, ckpt.folder / INDEX)
         schedule = read_schedule(ckpt.scheduler, ckpt.folder / SCHEDULER)
-        dtype = dtype or _default_dtype(mesh)
         sources = dict.fromkeys(('unet', 'vae', *family.text_encoders), ckpt)
         if vae is not None:
             sources['vae'] = open_part(vae, 'vae')
         specs = {part: source.spec(part) for part, source in sources.items()}
+        dtypes = dict.fromkeys(sources, dtype or _default_dtype(mesh)) | {'vae': vae_dtype}
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         params = {
-            part: source.load(
-                part, vae_dtype if part == 'vae' else dtype, (sharding or {}).get(part, whole)
-            )
+            part: source.load(part, dtypes[part], (sharding or {}).get(part, whole))
             for part, source in sources.items()
         }
-        _check_channels(specs, ckpt.folder)
-        factor = specs['vae'].factor
+        check_channels(specs['unet'], specs['vae'], ckpt.folder)
+        tokenizers = (part.replace('text_encoder', 'tokenizer') for part in family.text_encoders)
         grid = ckpt.configs['unet'].get('sample_size') or 64
         height, width = grid if isinstance(grid, list) else (grid, grid)
+        factor = specs['vae'].factor
         return cls(
             ckpt,
             family,
             specs,
             params,
-            tuple(
-                Tokenizer(ckpt.tokenizer(part.replace('text_encoder', 'tokenizer')))
-                for part in family.text_encoders
-            ),
+            tuple(ckpt.tokenizer(name) for name in tokenizers),
             schedule,
             (height * factor, width * factor),
-            dict(params),
+            params,
             mesh,
         )
 
@@ -146,6 +98,28 @@ class Pipeline:
         ids = tuple(tokenizer(prompts, truncate) for tokenizer in self.tokenizers)
         return encode_text(specs, tuple(self.merged[part] for part in parts), ids, clip_skip)
 
+    def encode_null(self, negative=None, truncate=False):
+        """Negative prompt -> the null condition of guidance, [1, ...] each, as `encode_text`.
+
+        Without one: the empty prompt's, or zeros where the model was trained so (SDXL). diffusers'
+        `clip_skip` does not act here.
+        """
+        cond = self.encode_text([negative or ''], truncate=truncate)
+        zero = negative is None and self.family.zero_null
+        return jax.tree.map(jnp.zeros_like, cond) if zero else cond
+
+    def sizes(self, size, original=None, crop=None, target=None):
+        """SDXL's micro-conditioning of one picture, {'sizes': [1,6]}; {} for other models.
+
+        All in px, heights first; `original` and `target` are `size` if not given, `crop` (0, 0).
+        """
+        if self.specs['unet'].size_dim:
+            sizes = micro_conditioning(original or size, crop or (0, 0), target or size)
+            return {'sizes': jnp.asarray(sizes[None])}
+        if original or crop or target:
+            raise InputError('original_size, crop and target_size are told to SDXL models only')
+        return {}
+
     def latent_shape(self, size=None):
         """(height, width) in px, default the model's own -> (h, w, C) of a latent."""
         (height, width), vae = size or self.size, self.specs['vae']
@@ -165,16 +139,7 @@ class Pipeline:
                 f'a LoRA named {name!r} is loaded already; give it another name than '
                 f'{", ".join(self.adapters)}'
             )
-        path = Path(LORAS.get(str(file), file))
-        if not path.is_file():
-            raise InputError(
-                f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
-                f'{nearest(file, LORAS)} nor a file'
-            )
-        lora, metadata = read_lora(path, self.params['unet'])
-        accelerates = metadata.get('lcm_jax.accelerates') == 'true' or 'lcm' in name.lower()
-        lora = jax.tree.map(jnp.asarray, {'unet': lora})
-        self.adapters[name] = Adapter(lora, scale, accelerates)
+        self.adapters[name] = adapters.read_adapter(file, name, scale, self.params)
         self._remerge()
 
     def set_scale(self, name, scale):
@@ -191,27 +156,14 @@ class Pipeline:
     def with_lora(self, lora):
         """A Pipeline that shares these weights and draws with this acceleration LoRA alone.
 
-        lora: component -> adapter.
+        lora: an adapter of the UNet, as `lora.init` makes it.
         """
-        other = dataclasses.replace(self, adapters={'live': Adapter(lora, 1.0, True)})
+        other = dataclasses.replace(self, adapters={'live': Adapter({'unet': lora}, 1.0, True)})
         other._remerge()
         return other
 
     def _remerge(self):
-        """merged = params + the sum of scale times update, exact to the parameters' precision."""
-
-        def merge(part, path, w):
-            updates = [
-                (adapter.lora[part][path], float(adapter.scale))
-                for adapter in self.adapters.values()
-                if path in adapter.lora.get(part, {})
-            ]
-            return _add(w, updates) if updates else w
-
-        adapted = {part for adapter in self.adapters.values() for part in adapter.lora}
-        self.merged = self.params | {
-            part: map_named(functools.partial(merge, part), self.params[part]) for part in adapted
-        }
+        self.merged = adapters.merge(self.params, self.adapters.values())
 
     def __call__(
         self,
@@ -267,36 +219,54 @@ class Pipeline:
             )
         if not 0 <= seed < 2**32:
             raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
-        sampler, guidance, guided = self._manner(sampler, guidance, negative)
-        strength = self._strength(image, mask, strength, timesteps)
-        pure = mask is not None and strength == 1 and timesteps is None
+        unet, vae = self.specs['unet'], self.specs['vae']
+        sampler, guidance, guided = request.manner(
+            sampler,
+            guidance,
+            negative,
+            lora=any(a.accelerates and a.scale for a in self.adapters.values()),
+            embedded=bool(unet.w_dim),
+            default=self.family.guidance,
+        )
+        strength, pure = request.start(image, mask, strength, timesteps, takes_mask(unet, vae))
         if timesteps is None:
             steps = (4 if sampler == 'lcm' else 50) if steps is None else steps
             times = self.schedule.times(sampler, steps, spacing, strength)
         else:
             times = self.schedule.custom_times(sampler, timesteps, steps)
-        size, pictures = self._pictures(image, mask, size, len(prompts), pure)
+            steps = len(times) - 1
+        image, mask = (
+            images.as_list(x, len(prompts), what) for x, what in ((image, 'image'), (mask, 'mask'))
+        )
+        size = size or (request.picture_size(image, vae.factor) if image else self.size)
         shape = (n, *self.latent_shape(size))
         keys = _keys(np.uint32(seed), n)
         if latents is None:
-            latents = samplers.fresh(keys)(len(self.schedule.abar), shape)  # as no step has it
+            latents = samplers.fresh(keys)(len(self.schedule.abar), shape)  # a number no step has
         elif np.shape(latents) != shape:
             raise InputError(f'latents of shape {np.shape(latents)}; these pictures need {shape}')
-        sizes = self._sizes(size, original_size, crop, target_size)
-        rows = {
-            'noise': jnp.asarray(latents, jnp.float32),
-            'keys': keys,
-            'cond': self.encode_text(prompts, clip_skip, truncate) | sizes,
-        }
+        sizes = self.sizes(size, original_size, crop, target_size)
+        rows = {'cond': self.encode_text(prompts, clip_skip, truncate) | sizes}
         if guided:
-            rows['null'] = self._null(negative, rows['cond'], truncate) | sizes
-        rows, pictures = self._place(rows, pictures, n, count)
+            rows['null'] = self.encode_null(negative, truncate) | sizes
+        rows = jax.tree.map(lambda x: jnp.repeat(x, n // len(x), 0), rows)
+        rows |= {'noise': jnp.asarray(latents, jnp.float32), 'keys': keys}
+        pictures = {
+            name: x if len(x) == 1 else np.repeat(x, count, 0)
+            for name, x in request.pictures(image, mask, size, unet, vae, pure).items()
+        }
         drawn, finite = draw(
-            self._plan(sampler, steps or len(times) - 1),
+            Plan(
+                unet,
+                vae,
+                self.schedule.prediction_type,
+                sampler,
+                steps < samplers.SHORT,
+                self.mesh,
+            ),
             {part: self.merged[part] for part in ('unet', 'vae')},
             self.schedule.abar,
-            rows,
-            pictures,
+            *self._split(n, rows, pictures),
             times,
             guidance,
             pure,
@@ -304,103 +274,14 @@ class Pipeline:
         self._check_finite(np.asarray(finite)[:n])
         return images.pictures(drawn[:n])
 
-    def _plan(self, sampler, steps):
-        return Plan(
-            self.specs['unet'],
-            self.specs['vae'],
-            self.schedule.prediction_type,
-            sampler,
-            steps < samplers.SHORT,
-            self.mesh,
-        )
-
-    def _manner(self, sampler, guidance, negative):
-        """Sampler and guidance with their defaults, and whether a null condition takes part."""
-        lora = any(a.accelerates and a.scale for a in self.adapters.values())
-        embedded = bool(self.specs['unet'].w_dim)
-        sampler = sampler or ('lcm' if lora or embedded else 'ddim')
-        default = 1 if lora else self.family.guidance
-        guidance = float(default if guidance is None else guidance)
-        if lora and not embedded and guidance > 2:
-            warnings.warn(
-                f'guidance {guidance:g} with an acceleration LoRA burns pictures; use 1 to 2',
-                stacklevel=3,
-            )
-        guided = guidance > 1 and not embedded
-        if negative and not guided:
-            why = (
-                'with this model, which takes guidance as an input'
-                if embedded
-                else f'at guidance {guidance:g}; it acts above 1'
-            )
-            warnings.warn(f'the negative prompt has no effect {why}', stacklevel=3)
-        return sampler, guidance, guided
-
-    def _strength(self, image, mask, strength, timesteps):
-        """Strength with its default, after checking that what it acts on is there."""
-        needs_mask = self.specs['unet'].in_channels > self.specs['vae'].latent_channels
-        if needs_mask and mask is None:
-            raise InputError('this UNet is made for inpainting: give an image and a mask')
-        if mask is not None and image is None:
-            raise InputError('a mask without an image; give both to inpaint')
-        if strength is not None and (image is None or timesteps is not None):
-            raise InputError(
-                f'strength = {strength} '
-                + ('without an image' if image is None else 'beside timesteps; leave one out')
-            )
-        if strength is None:
-            strength = 1.0 if image is None or mask is not None or timesteps is not None else 0.8
-        return strength
-
-    def _pictures(self, image, mask, size, prompts, pure):
-        """-> size (height, width), and what `draw` takes as pictures: [1, ...] or [prompts, ...]."""
-        if image is None:
-            return size or self.size, {}
-        factor = self.specs['vae'].factor
-        given = images.as_list(image, prompts, 'image')
-        size = size or tuple(x - x % factor for x in given[0].size[::-1])
-        self.latent_shape(size)  # an error here is about the size
-        picture = np.stack([images.picture(x, size) for x in given])
-        if mask is None:
-            return size, {'image': picture}
-        given = images.as_list(mask, prompts, 'mask')
-        mask = np.stack([images.mask(x, size) for x in given])
-        out = {'mask': images.shrink(mask, factor)}
-        channels = self.specs['unet'].in_channels > self.specs['vae'].latent_channels
-        if channels:
-            out['masked'] = images.masked(picture, mask)
-        if not (channels and pure):
-            out['image'] = picture
-        return size, out
-
-    def _sizes(self, size, original, crop, target):
-        """SDXL's half of a condition, for one picture; {} for other models."""
-        if self.specs['unet'].size_dim:
-            sizes = micro_conditioning(original or size, crop or (0, 0), target or size)
-            return {'sizes': jnp.asarray(sizes[None])}
-        if original or crop or target:
-            raise InputError('original_size, crop and target_size are for SDXL; this model has none')
-        return {}
-
-    def _null(self, negative, cond, truncate):
-        """The text half of the null condition, for one picture."""
-        if negative is None and self.family.zero_null:
-            return {k: jnp.zeros_like(c[:1]) for k, c in cond.items()}
-        return self.encode_text([negative or ''], truncate=truncate)  # diffusers: no clip_skip
-
-    def _place(self, rows, pictures, n, count):
-        """Conditions and pictures repeated for each picture drawn; all of it on the mesh."""
-        parts = 1 if self.mesh is None else self.mesh.shape['data']
-        each = np.arange(n + -n % parts) % n  # the mesh's devices draw equal parts
-        rows = {
-            name: jax.tree.map(lambda x: x[each if len(x) == n else each // count % len(x)], tree)
-            for name, tree in rows.items()
-        }
-        pictures = {k: x if len(x) == 1 else x[each // count] for k, x in pictures.items()}
-        if self.mesh is not None:
-            split = NamedSharding(self.mesh, PartitionSpec('data'))
-            rows = jax.device_put(rows, split)
-        return rows, pictures
+    def _split(self, n, rows, pictures):
+        """Rows of n pictures, and pictures, laid out on the mesh: equal parts, so padded."""
+        if self.mesh is None:
+            return rows, pictures
+        each = np.arange(n + -n % self.mesh.shape['data']) % n
+        split = NamedSharding(self.mesh, PartitionSpec('data'))
+        pictures = {k: x if len(x) == 1 else x[each] for k, x in pictures.items()}
+        return jax.device_put(jax.tree.map(lambda x: x[each], rows), split), pictures
 
     def _check_finite(self, finite):
         """finite [N, len(PARTS)]. InputError that names the first part that failed."""
@@ -410,9 +291,9 @@ class Pipeline:
         name, option = ('vae', 'vae_dtype') if 'VAE' in part else ('unet', 'dtype')
         dtype = jax.tree.leaves(self.params[name])[0].dtype
         advice = (
-            'look for broken weights and for LoRA scales or guidance that are too high'
+            'look for broken weights, and for LoRA scales or guidance that are too high'
             if dtype == jnp.float32
-            else f'load the model with {option}=float32'
+            else f'load the model with {option} float32'
         )
         raise InputError(
             f'{(~finite.all(1)).sum()} of {len(finite)} pictures are not finite: the {part} gave '
@@ -423,23 +304,6 @@ class Pipeline:
 def _default_dtype(mesh):
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return jnp.float32 if platform == 'cpu' else jnp.bfloat16
-
-
-def _check_channels(specs, folder):
-    """InputError unless the UNet reads and writes the VAE's latents, alone or with a mask."""
-    c, unet = specs['vae'].latent_channels, specs['unet']
-    if unet.out_channels != c or unet.in_channels not in (c, 2 * c + 1):
-        raise InputError(
-            f'{folder}: the UNet has {unet.in_channels} channels in and {unet.out_channels} out; '
-            f'with this VAE {c} or {2 * c + 1} (inpainting) in and {c} out are supported'
-        )
-
-
-@jax.jit
-def _add(w, updates):
-    """Parameter + sum of scale times update, in float32 until the end."""
-    total = sum(scale * L.delta(ab).astype(jnp.float32) for ab, scale in updates)
-    return (w.astype(jnp.float32) + total).astype(w.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

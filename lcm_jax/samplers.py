@@ -140,11 +140,6 @@ SAMPLERS = {
 }
 
 
-def solver(sampler, n):
-    """Sampler name and number of steps, strength aside -> Solver."""
-    return choose('sampler', sampler, SAMPLERS).solver(n < SHORT)
-
-
 def times(sampler, n, total=1000, spacing=None, *, offset=1, end=None, strength=1.0):
     """Sampler name and number of steps -> [m+1] int32 times, falling, ending at the sampler's end.
 

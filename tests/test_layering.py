@@ -18,8 +18,9 @@ LAYERS = [
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.tiny
-    models.configs models.shapes models.zoo lora_io distill loop
-    checkpoint
+    models.configs models.shapes models.zoo lora_io distill loop conditioning images
+    checkpoint scheduler families adapters draw
+    request
     pipeline
     lcm_jax train convert
     evaluate
