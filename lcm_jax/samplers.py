@@ -133,9 +133,9 @@ SHORT = 15  # steps, from which DPM-Solver's last one is of second order too
 # 'euler'. Its noise of variance 1 is diffusers' for `leading` (other spacings: sigma_max there).
 SAMPLERS = {
     'ddim': Sampler(lambda short: ddim(), 'leading', 0),
-    'euler': Sampler(lambda short: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
     'dpm': Sampler(lambda short: dpm_solver(first_order_end=short), 'linspace', 0, 1),
     'dpm++': Sampler(lambda short: dpm_solver_pp(), 'linspace', CLEAN, 1),
+    'euler': Sampler(lambda short: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
     'lcm': Sampler(lambda short: lcm(), 'lcm', CLEAN),
 }
 

@@ -114,9 +114,10 @@ def theirs(scheduler, z, noise, monkeypatch):
         'diffusers.schedulers.scheduling_lcm.randn_tensor',
         lambda *args, **kwargs: torch.tensor(next(draws)),
     )
-    z = torch.tensor(z)
+    z = torch.tensor(z) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        z = scheduler.step(net(torch, z, float(t)), t, z).prev_sample
+        out = net(torch, scheduler.scale_model_input(z, t), float(t))
+        z = scheduler.step(out, t, z).prev_sample
     return z.numpy()
 
 
