@@ -106,7 +106,7 @@ def test_sample(run, random_folder, lora_file):
         (['--lora', CONFIG], 'emoji_lcm_lora.py is not a readable safetensors file'),
         (['--lora', 'LORA', '--lora', 'LORA'], "a LoRA named 'style' is loaded already"),
         (['--scale', '2'], '1 --scale for 0 --lora'),
-        (['--size', 30, 32], 'size 30 x 32: both must be multiples of 8'),
+        (['--size', 30, 32], 'size 30 x 32: both must be multiples of 4'),
         (['--seed', -1], 'seed = -1'),
         (['--model', 'emojy'], "'emojy' is neither a shipped model .*did you mean 'emoji'"),
     ],

@@ -18,10 +18,11 @@ LAYERS = [
     weights orbax_io lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.tiny
-    models.configs models.shapes models.zoo distill loop lora_files.dialects
+    models.configs models.shapes models.zoo distill loop lora_files.dialects conditioning images
     infer lora_files.family lora_files.methods lora_files.algebra lora_files.peft_config
     single lora_files.programs lora_files.files lora_files.describe
-    checkpoint
+    checkpoint scheduler families adapters draw
+    request
     pipeline
     lcm_jax train convert lora_files.verbs
     evaluate
