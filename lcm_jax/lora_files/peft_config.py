@@ -46,6 +46,11 @@ def options(config, component, source):
         raise InputError(
             f'{source}: lora_alpha in its peft config is not a finite number: {alphas}'
         )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise InputError(f'{source}: alpha_pattern {pattern!r} in its peft config: {e}') from e
     init = str(own.get('init_lora_weights')).lower()
     method = 'DoRA' if own.get('use_dora') else init if init.startswith(BASE_CHANGING) else ''
     if method:
