@@ -39,9 +39,7 @@ def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None)
         raise InputError(
             f'{out}: a name ends in .safetensors if, and only if, the form is original'
         )
-    parts = [
-        part for part in ckpt.configs if to != 'original' or part in single.LAYOUTS[single.SDXL]
-    ]
+    parts = single.places(ckpt.configs) if to == 'original' else ckpt.configs
     found = {part: ckpt.tensors(part) for part in parts}
     if edit:
         found = {part: edit(part, tensors) for part, tensors in found.items()}

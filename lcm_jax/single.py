@@ -196,6 +196,12 @@ def pad(layout, tokenizer):
     return '!' if layout == SD2 or tokenizer == 'tokenizer_2' else END
 
 
+def places(described):
+    """{component: config} -> those components that the original form has a place for."""
+    tiny = [name for name, x in described.items() if x.get('_class_name') == 'AutoencoderTiny']
+    return [name for name in described if name in LAYOUTS[SDXL] and name not in tiny]
+
+
 def layout_for(described):
     """{component: config} -> the layout's name that other programs expect of such a model."""
     if 'text_encoder_2' in described or 'addition_embed_type' in described.get('unet', {}):

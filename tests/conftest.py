@@ -1,8 +1,11 @@
 """Pipeline folders that the tests share."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from lcm_jax import lora
@@ -89,6 +92,15 @@ def random_folder(tmp_path_factory):
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope='session')
+def tiny_folder(tmp_path_factory):
+    """tiny_folder(name) -> the diffusers folder of a row of tiny.MODELS, and its tensors by component."""
+    root = tmp_path_factory.mktemp('tiny')
+    return functools.cache(
+        lambda name: (root / name, tiny.write_model(root / name, tiny.MODELS[name]))
+    )
 
 
 @pytest.fixture(scope='session', params=['random', 'emoji'])

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 
 from lcm_jax import single, weights
-from lcm_jax.checkpoint import COMPONENTS, INDEX, SCHEDULER
-from lcm_jax.models import configs, shapes
+from lcm_jax.checkpoint import COMPONENTS, INDEX, SCHEDULER, open_folder
+from lcm_jax.models import configs
 from lcm_jax.models.clip import TextSpec
 from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
 from lcm_jax.models.zoo import ModelSpec
+from lcm_jax.tensors import Tensor
 from lcm_jax.text import Tokenizer
 
 # Widths are multiples of 64 and of the 32 groups, as in all published models.
@@ -56,22 +58,30 @@ MODELS = {
 
 
 def random_tensors(abstract, rng, dtype):
-    """{key: array} for a component."""
-    want = weights.keys(abstract)
-    return {key: rng.normal(size=shape).astype(dtype) for key, shape in want.items()}
+    """{key: Tensor} for a component: kernels of variance 1 / fan-in, norms around one."""
+    pool = rng.standard_normal(2**20 + 3, np.float32)  # a prime; each tensor starts elsewhere in it
+
+    def tensor(key, shape):
+        start, ones = int(rng.integers(len(pool))), 'norm' in key and key.endswith('weight')
+        scale = 0.1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
+
+        def read():
+            return (np.resize(np.roll(pool, start), shape) * scale + ones).astype(dtype)
+
+        return Tensor(key, shape, np.dtype(dtype), read)
+
+    return {key: tensor(key, shape) for key, shape in weights.keys(abstract).items()}
 
 
-def write_model(folder, spec, dtype=np.float16, tokenizers=True):
-    """A diffusers folder with random weights -> {component: {key: array}}."""
+def write_model(folder, spec, dtype=np.float16, tokenizers=True, keep=True):
+    """A diffusers folder with random weights -> {component: {key: array}}, if it is to `keep` them."""
     rng, side = np.random.default_rng(0), spec.resolution // 8
-    parts = {
-        'unet': (spec.unet, configs.unet_config(spec.unet, side), shapes.unet_shapes),
-        'vae': (spec.vae, configs.vae_config(spec.vae, spec.resolution), shapes.vae_shapes),
+    described = {
+        'unet': configs.unet_config(spec.unet, side),
+        'vae': configs.vae_config(spec.vae, spec.resolution),
     }
-    for i, text in enumerate(spec.text):
-        name = 'text_encoder_2' if i else 'text_encoder'
-        parts[name] = text, configs.text_config(text), shapes.text_shapes
-    described = {name: config for name, (_, config, _) in parts.items()}
+    for name, text in zip(('text_encoder', 'text_encoder_2'), spec.text, strict=False):
+        described[name] = configs.text_config(text)
     texts = {INDEX: single.index(described)}
     texts[SCHEDULER] = single.scheduler(described, spec.prediction_type, False)
     texts |= {f'{name}/config.json': config for name, config in described.items()}
@@ -82,8 +92,9 @@ def write_model(folder, spec, dtype=np.float16, tokenizers=True):
     for path, text in texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text)
-    out = {}
-    for name, (size, _, abstract) in parts.items():
-        out[name] = random_tensors(abstract(size), rng, dtype)
-        weights.write_tensors(folder / name / COMPONENTS[name][0], out[name])
+    out, ckpt = {}, open_folder(folder)
+    for name in described:
+        tensors = random_tensors(ckpt.shapes(name), rng, dtype)
+        weights.write_tensors(folder / name / COMPONENTS[name][0], tensors)
+        out[name] = {key: np.asarray(x) for key, x in tensors.items()} if keep else None
     return out
