@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from lcm_jax import lora_cli
 from lcm_jax.errors import InputError
 
 EPILOG = """examples:
@@ -76,18 +77,6 @@ def convert(args):
     from lcm_jax.convert import convert
 
     print(convert(args.source, args.out, args.to, args.dtype))
-
-
-def lora_inspect(args):
-    from lcm_jax.convert import inspect_lora
-
-    print(inspect_lora(args.file))
-
-
-def lora_convert(args):
-    from lcm_jax.convert import convert_lora
-
-    print(convert_lora(args.file, args.out, args.model, args.dialect))
 
 
 def parser():
@@ -165,16 +154,7 @@ def parser():
         '--dtype', default='keep', help='keep (the default), float32, bfloat16 or float16'
     )
 
-    text = 'look into or convert LoRA files'
-    group = verbs.add_parser('lora', help=text, description=text)
-    group = group.add_subparsers(required=True, metavar='VERB')
-    p = verb(lora_inspect, 'inspect', 'say what is in a LoRA file', group)
-    p.add_argument('file')
-    p = verb(lora_convert, 'convert', 'write a LoRA file in another dialect', group)
-    p.add_argument('file')
-    p.add_argument('out', help='.safetensors file to write')
-    p.add_argument('--model', default='emoji', help='base model of the LoRA; default: emoji')
-    p.add_argument('--dialect', default='kohya', help='kohya (the default) or peft')
+    lora_cli.add(verbs, verb)
     return main
 
 

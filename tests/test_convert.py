@@ -1,4 +1,4 @@
-"""Models and LoRA files from form to form: to the last bit, every file, all or nothing."""
+"""Models from form to form: to the last bit, every file, all or nothing."""
 
 import shutil
 

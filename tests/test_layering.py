@@ -26,7 +26,7 @@ LAYERS = [
     pipeline
     lcm_jax train convert lora_files.verbs
     evaluate
-    demo
+    demo lora_cli
     cli
 """.strip().splitlines()
 ]

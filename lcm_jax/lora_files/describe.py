@@ -38,12 +38,13 @@ def inspect_lora(file):
     }
     alphas = [float(a['alpha']) for a in arrays.values() if 'alpha' in a and a['alpha'].size == 1]
     factors = [x for a in arrays.values() for role, x in a.items() if role != 'alpha']
+    counts = Counter(component for component, _ in found)
     rows = {
         'file': file,
         'dialect': ', '.join(Counter(p.dialect for r in found.values() for p, _ in r.values())),
         'base': family(tensors),
         'method': ', '.join(sorted({methods.name(a.keys() - {'alpha'}) for a in arrays.values()})),
-        'modules': ', '.join(f'{n} {c}' for c, n in Counter(c for c, _ in found).items()),
+        'modules': ', '.join(f'{counts[c]} {c}' for c in dialects.COMPONENTS if c in counts),
         'rank': _listed(rank for rank in map(_rank, arrays.values()) if rank),
         'alpha': _listed(alphas)
         or _listed(o['lora_alpha'] for o in said.values() if o.get('lora_alpha'))
@@ -53,6 +54,12 @@ def inspect_lora(file):
         'unexplained': f'{len(strange)} tensors: {", ".join(strange[:3])}' if strange else '',
         'metadata': f'{len(metadata)} entries',
     }
+    broken = [
+        next(iter(found[spot].values()))[0].stem
+        for spot, tensors in arrays.items()
+        if methods.lacking(tensors.keys() - {'alpha'}) != set()
+    ]
+    rows['incomplete'] = f'{len(broken)}: {", ".join(broken[:3])}' if broken else ''
     lines = [f'{key:<12}{value}' for key, value in rows.items() if value]
     lines += [f'  {key}: {value}' for key, value in sorted(metadata.items())]
     norms = block_norms(arrays, said)

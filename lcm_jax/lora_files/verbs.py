@@ -3,7 +3,6 @@
 import functools
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from lcm_jax import weights
@@ -30,7 +29,7 @@ def convert_lora(file, out, model='emoji', dialect=None):
     rank where modules differ in it. Raises InputError if `out` is no .safetensors name or the file
     does not fit the model.
     """
-    _safetensors(out)
+    _accept(out)
     models = models_of(model)
     tensors, metadata = weights.read_tensors(file)
     config = peft_config.load(metadata, file)
@@ -73,7 +72,7 @@ def merge_loras(terms, out, model='emoji', rank=None, dialect=None):
     Exact, with ranks that add up; given `rank`, every module is brought down to it by SVD, and the
     relative error of the whole is told. Raises InputError as `convert_lora` does.
     """
-    _safetensors(out)
+    _accept(out, rank)
     models = models_of(model)
     files = [(read_lora(file, models)[0], scale) for file, scale in terms]
     sums = {
@@ -98,11 +97,9 @@ def extract_lora(base, tuned, out, rank, dialect=None):
     component is in memory at a time, in float32. Raises InputError if the models do not fit each
     other or do not differ.
     """
-    _safetensors(out)
+    _accept(out, rank)
     models = models_of(base)
-    if {k: jax.tree.map(lambda x: x.shape, v) for k, v in models_of(tuned).items()} != {
-        k: jax.tree.map(lambda x: x.shape, v) for k, v in models.items()
-    }:
+    if models_of(tuned) != models:
         raise InputError(f'{tuned} and {base} are not models of the same sizes')
     adapters, errors, norms, rest = {}, [], [], []
     for part in models:
@@ -139,9 +136,11 @@ def _each(fn, adapters):
     return out, errors
 
 
-def _safetensors(out):
+def _accept(out, rank=None):
     if Path(out).suffix != '.safetensors':
         raise InputError(f'{out}: the name must end in .safetensors')
+    if rank is not None and rank < 1:
+        raise InputError(f'rank = {rank}; it must be 1 or more')
 
 
 def _rank(adapters):
