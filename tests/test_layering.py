@@ -19,8 +19,9 @@ LAYERS = [
     models.clip models.unet models.vae
     models.tiny
     models.configs models.shapes models.zoo distill loop lora_files.dialects conditioning images
-    infer lora_files.family lora_files.methods lora_files.algebra lora_files.peft_config
-    single lora_files.programs lora_files.files lora_files.describe
+    infer lora_files.family lora_files.algebra lora_files.peft_config
+    single lora_files.methods lora_files.programs
+    lora_files.files lora_files.describe
     checkpoint scheduler families adapters draw
     request
     pipeline
