@@ -15,10 +15,11 @@ class Misfit(Exception):
 
 
 def update(tensors, options, module, shape=None):
-    """{role: array or Tensor} of one module, with alpha -> up [out, r], down [r, n] float32, scale baked in.
+    """{role: array or Tensor} of one module -> up [out, r], down [r, n] in float32.
 
-    options: the file's peft options. shape: of the module's weight in the checkpoint, (out, in) or
-    (out, in, k, k); None: what the tensors imply. Raises Misfit if they make no such update.
+    The scale alpha / r is in `up`. options: the file's peft options. shape: of the module's weight
+    in the checkpoint, (out, in) or (out, in, k, k); None: what the tensors imply. Raises Misfit if
+    they make no such update.
     """
     factors = {role: np.asarray(x, np.float32) for role, x in tensors.items() if role != 'alpha'}
     alpha = tensors.get('alpha')
@@ -64,14 +65,14 @@ def _flat(x):
 
 def _lora(t, shape):
     up, down = t['up'], t['down']
-    if _kernel(down) != _kernel(np.empty(shape)) or _kernel(up):
+    if _kernel(down.shape) != _kernel(shape) or _kernel(up.shape):
         raise ValueError('factors of another shape')
     return _flat(up), _flat(down), len(down)
 
 
-def _kernel(x):
+def _kernel(shape):
     """Kernel size of a weight: () for a matrix and for 1 x 1, which are the same."""
-    return x.shape[2:] if any(n != 1 for n in x.shape[2:]) else ()
+    return tuple(shape[2:]) if any(n != 1 for n in shape[2:]) else ()
 
 
 def _locon(t, shape):
@@ -117,11 +118,8 @@ def _lokr(t, shape):
 
 def _whole(w):
     """A full matrix as a pair of the least rank that is sure to hold it."""
-    return (
-        (np.eye(len(w), dtype=w.dtype), w)
-        if len(w) <= w.shape[1]
-        else (w, np.eye(w.shape[1], dtype=w.dtype))
-    )
+    one = np.eye(min(w.shape), dtype=w.dtype)
+    return (one, w) if len(w) <= w.shape[1] else (w, one)
 
 
 _LOHA = {'hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b'}
@@ -138,8 +136,6 @@ METHODS = (  # the roles that a module has in the file, all of them and no other
     ({'lokr_w1_a', 'lokr_w1_b', 'lokr_w2_a', 'lokr_w2_b'}, _lokr),
     ({'lokr_w1_a', 'lokr_w1_b', 'lokr_w2_a', 'lokr_w2_b', 'lokr_t2'}, _lokr),
 )
-
-
 NAMES = {_lora: 'LoRA', _locon: 'LoCon', _loha: 'LoHa', _lokr: 'LoKr'}
 
 
@@ -153,10 +149,9 @@ def _implied_shape(tensors):
         return len(tensors['up']), tensors['down'].shape[1], *core.shape[2:]
     if 'hada_w1_b' in tensors:
         a, b = tensors['hada_w1_a'], _flat(tensors['hada_w1_b'])
-        core = tensors.get('hada_t1')
-        return (
-            (a.shape[0], b.shape[1]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
-        )
+        if 'hada_t1' in tensors:
+            return a.shape[1], b.shape[1], *tensors['hada_t1'].shape[2:]
+        return a.shape[0], b.shape[1]
     sides = []
     for name, core in LOKR:
         if name in tensors:
