@@ -85,7 +85,7 @@ def locate(keys, spots, source):
             continue
         roles = found[part.component, module]
         if part.role in roles:
-            twice.append(f'{roles[part.role][1]} and {key}')
+            twice.append(' and '.join(sorted((roles[part.role][1], key))))
         roles[part.role] = part, key
     if not keys:
         raise InputError(f'{source} holds no tensors')
