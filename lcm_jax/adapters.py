@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lcm_jax import lora as L
 from lcm_jax.data import EMOJI
 from lcm_jax.errors import InputError, nearest
-from lcm_jax.lora_io import read_lora
+from lcm_jax.lora_files.files import read_lora
 from lcm_jax.tree import map_named
 
 LORAS = {'lcm': EMOJI / 'lcm_lora.safetensors'}  # shipped
@@ -18,7 +18,7 @@ LORAS = {'lcm': EMOJI / 'lcm_lora.safetensors'}  # shipped
 class Adapter(NamedTuple):
     """A loaded LoRA."""
 
-    lora: dict[str, dict]  # component -> adapter, as `lora.init` makes it
+    loras: dict[str, dict]  # component -> adapter, as `lora.init` makes it
     scale: float
     accelerates: bool  # made for few steps without guidance
 
@@ -35,9 +35,9 @@ def read_adapter(file, name, scale, params):
             f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
             f'{nearest(file, LORAS)} nor a file'
         )
-    lora, metadata = read_lora(path, params['unet'])
+    loras, metadata = read_lora(path, params)
     accelerates = metadata.get('lcm_jax.accelerates') == 'true' or 'lcm' in name.lower()
-    return Adapter(jax.tree.map(jnp.asarray, {'unet': lora}), scale, accelerates)
+    return Adapter(jax.tree.map(jnp.asarray, loras), scale, accelerates)
 
 
 def merge(params, adapters):
@@ -49,11 +49,11 @@ def merge(params, adapters):
 
     def merged(part, path, w):
         updates = [
-            (a.lora[part][path], float(a.scale)) for a in adapters if path in a.lora.get(part, {})
+            (a.loras[part][path], float(a.scale)) for a in adapters if path in a.loras.get(part, {})
         ]
         return _add(w, updates) if updates else w
 
-    parts = {part for a in adapters for part in a.lora}
+    parts = {part for a in adapters for part in a.loras}
     return params | {
         part: map_named(lambda path, w, part=part: merged(part, path, w), params[part])
         for part in parts

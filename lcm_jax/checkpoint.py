@@ -1,15 +1,18 @@
 """A model on disk, opened: its configs, weights, noise schedule and tokenizers, whatever its form."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
-from lcm_jax import tensors, weights
+from lcm_jax import hub, orbax_io, single, tensors, weights
 from lcm_jax.data import EMOJI
-from lcm_jax.errors import InputError, nearest
+from lcm_jax.diffusion import KINDS
+from lcm_jax.errors import InputError, choose, nearest
 from lcm_jax.models import configs, shapes
 from lcm_jax.text import Tokenizer
 
@@ -22,6 +25,7 @@ COMPONENTS = {
     'text_encoder_2': ('model.safetensors', configs.text_spec, shapes.text_shapes),
     'image_encoder': ('model.safetensors', configs.vision_spec, shapes.vision_shapes),
 }
+PARAMS = 'params'  # in an orbax checkpoint's component folder, in place of the weights file
 INDEX = 'model_index.json'
 SCHEDULER = Path('scheduler', 'scheduler_config.json')
 
@@ -44,8 +48,14 @@ class Checkpoint:
         return COMPONENTS[part][1](self.configs[part], self.folder / part / 'config.json')
 
     def shapes(self, part, dtype=jnp.float32):
-        """Component -> its parameters as shapes of `dtype`."""
-        return COMPONENTS[part][2](self.spec(part), dtype)
+        """Component -> its parameters as shapes of `dtype`. InputError for sizes that cannot be."""
+        spec = self.spec(part)
+        try:
+            tree = _shapes(part, spec)
+        except Exception as e:  # flax and jax raise many types for sizes that do not fit together
+            said = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise InputError(f'{self.folder}: no {part} has these sizes: {spec}: {said}') from e
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
     def tensors(self, part):
         """Component -> {diffusers key: Tensor}, complete and of the right shapes; none is read.
@@ -61,22 +71,39 @@ class Checkpoint:
         sharding: None (the default device), a Sharding, or a tree of them. Raises InputError as
         `tensors` does, and for a tensor that is not finite.
         """
-        tree = weights.bind(self.shapes(part, dtype), self.open(part), self.folder / part)
-        return weights.place(tree, sharding)
+        tree = weights.bind(self.shapes(part), self.open(part), self.folder / part)
+        return weights.place(jax.tree.map(lambda x: x.astype(dtype), tree), sharding)
 
 
-def open_model(name):
-    """A shipped model's name or a diffusers folder -> Checkpoint. Reads configs only.
+@functools.cache
+def _shapes(part, spec):
+    """What a component holds; seconds to trace for the largest."""
+    return COMPONENTS[part][2](spec)
 
-    Raises InputError if it is neither, or a config cannot be read.
+
+def open_model(name, prediction_type=None):
+    """A shipped model, diffusers or orbax folder, single file or hub id -> Checkpoint.
+
+    Single files are .safetensors with original names, or pickles (.ckpt, where torch is installed).
+    Hub ids are OWNER/NAME or OWNER/NAME@REVISION, from the cache when offline (HF_HUB_OFFLINE=1).
+    prediction_type replaces what the model says. Reads configs and headers only. Raises InputError
+    if it is none of these, or a config cannot be read.
     """
-    folder = Path(MODELS.get(str(name), name))
-    if not (folder / INDEX).is_file():
+    path = Path(MODELS.get(str(name), name))
+    if path.is_file():
+        return open_single(path, prediction_type)
+    if not path.exists() and hub.ID.fullmatch(str(name)):
+        path = hub.download(str(name), needed)
+    found = open_folder(path)
+    if not found.configs:
         raise InputError(
             f'{str(name)!r} is neither a shipped model ({", ".join(MODELS)})'
-            f'{nearest(name, MODELS)} nor a diffusers folder: no {INDEX}'
+            f'{nearest(name, MODELS)}, nor a file, nor a diffusers folder: no {INDEX}'
         )
-    return open_folder(folder)
+    if prediction_type:
+        choose('prediction_type', prediction_type, KINDS)
+        found.scheduler['prediction_type'] = prediction_type
+    return found
 
 
 def open_folder(folder):
@@ -84,7 +111,11 @@ def open_folder(folder):
     folder = Path(folder)
 
     def read(file):
-        return tensors.read_json(folder / file) if (folder / file).is_file() else {}
+        config = tensors.read_json(folder / file) if (folder / file).is_file() else {}
+        if not isinstance(config, dict):
+            kind = type(config).__name__
+            raise InputError(f'{folder / file} holds a {kind}, not an object of keys')
+        return config
 
     parts = {part: read(Path(part, 'config.json')) for part in COMPONENTS}
     return Checkpoint(
@@ -95,6 +126,44 @@ def open_folder(folder):
         lambda part: open_component(folder, part),
         lambda name='tokenizer': Tokenizer(folder / name),
     )
+
+
+def open_single(file, prediction_type=None):
+    """A whole model in one file with original names -> Checkpoint; see `single.describe`."""
+    found, metadata = open_file(file)
+    layout, parts, model = single.describe(found, metadata, file, prediction_type)
+
+    @functools.cache
+    def opened():
+        shapes = {part: weights.keys(new.shapes(part)) for part in parts}
+        return single.open_parts(found, layout, parts, shapes, file)
+
+    def tokenizer(name='tokenizer'):
+        texts = {k: x for k, x in model['texts'].items() if Path(k).parent.name == name}
+        return Tokenizer.from_texts(texts) if texts else Tokenizer.clip(single.pad(layout, name))
+
+    new = Checkpoint(
+        file,
+        model['index'],
+        model['configs'],
+        model['scheduler'],
+        lambda part: opened()[part],
+        tokenizer,
+    )
+    return new
+
+
+def needed(names):
+    """All file names of a repository -> those that a model needs."""
+    yield from (INDEX, str(SCHEDULER))
+    for part in COMPONENTS:
+        inside = {n.partition('/')[2] for n in names if n.startswith(part + '/')}
+        if file := weights_file(inside):
+            yield f'{part}/config.json'
+            yield f'{part}/{file}'
+        if file and file.endswith('.json'):  # an index: all its shards
+            yield f'{part}/*-of-*{Path(file.partition(".index")[0]).suffix}'
+    yield from (name for name in names if name.startswith('tokenizer'))
 
 
 def open_part(name, part):
@@ -135,6 +204,8 @@ def weights_file(names):
 def open_component(folder, part):
     """A component of a folder -> {checkpoint key: Tensor}. Raises InputError naming the file."""
     folder = folder / part
+    if (folder / PARAMS).is_dir():
+        return weights.unbind(orbax_io.open_tree(folder / PARAMS))
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     try:
         name = weights_file(names)
@@ -144,16 +215,14 @@ def open_component(folder, part):
         raise InputError(f'no such file: {folder / COMPONENTS[part][0]}')
     if name.endswith('.json'):
         return open_shards(folder / name)
-    return open_file(folder / name)
+    return open_file(folder / name)[0]
 
 
 def open_file(file):
-    """A file of weights, safetensors or pickle -> {checkpoint key: Tensor}."""
-    return (
-        tensors.open_tensors(file)[0]
-        if file.suffix == '.safetensors'
-        else tensors.open_pickle(file)
-    )
+    """A file of weights, safetensors or pickle -> ({key: Tensor}, metadata)."""
+    if file.suffix == '.safetensors':
+        return tensors.open_tensors(file)
+    return tensors.open_pickle(file), {}
 
 
 def open_shards(index):
@@ -164,7 +233,7 @@ def open_shards(index):
         raise InputError(f'{index} has no weight_map of keys to files')
     found = {}
     for file in sorted(set(where.values())):
-        found |= open_file(index.parent / Path(file).name)
+        found |= open_file(index.parent / Path(file).name)[0]
     absent = sorted(where.keys() - found.keys())
     if absent:
         raise InputError(

@@ -6,6 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from lcm_jax import lora_cli
 from lcm_jax.errors import InputError
 
 EPILOG = """examples:
@@ -88,19 +89,7 @@ def save(picture, file):
 def convert(args):
     from lcm_jax.convert import convert
 
-    print(convert(args.source, args.out, args.dtype))
-
-
-def lora_inspect(args):
-    from lcm_jax.convert import inspect_lora
-
-    print(inspect_lora(args.file))
-
-
-def lora_convert(args):
-    from lcm_jax.convert import convert_lora
-
-    print(convert_lora(args.file, args.out, args.model, args.dialect))
+    print(convert(args.source, args.out, args.to, args.dtype))
 
 
 def parser():
@@ -136,23 +125,21 @@ def parser():
 
     sample_arguments(verb(sample, 'sample', 'draw pictures'))
 
-    p = verb(convert, 'convert', 'convert a diffusers folder to an orbax checkpoint, or back')
-    p.add_argument('source', help='a diffusers folder, or a checkpoint that this verb wrote')
-    p.add_argument('out', help='folder to write; it must not exist')
+    p = verb(convert, 'convert', 'convert a model: diffusers folder, single file, orbax checkpoint')
+    p.add_argument(
+        'source', help="a model in any form: folder, single file, hub id, or 'emoji' (shipped)"
+    )
+    p.add_argument('out', help='folder or .safetensors file to write; it must not exist')
+    p.add_argument(
+        '--to',
+        help='diffusers, original or orbax; default: original for a .safetensors file, '
+        'orbax for a diffusers folder, diffusers for anything else',
+    )
     p.add_argument(
         '--dtype', default='keep', help='keep (the default), float32, bfloat16 or float16'
     )
 
-    text = 'look into or convert LoRA files'
-    group = verbs.add_parser('lora', help=text, description=text)
-    group = group.add_subparsers(required=True, metavar='VERB')
-    p = verb(lora_inspect, 'inspect', 'say what is in a LoRA file', group)
-    p.add_argument('file')
-    p = verb(lora_convert, 'convert', 'write a LoRA file in another dialect', group)
-    p.add_argument('file')
-    p.add_argument('out', help='.safetensors file to write')
-    p.add_argument('--model', default='emoji', help='base model of the LoRA; default: emoji')
-    p.add_argument('--dialect', default='kohya', help='kohya (the default) or peft')
+    lora_cli.add(verbs, verb)
     return main
 
 

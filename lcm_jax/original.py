@@ -39,7 +39,7 @@ def unet_modules(names):
     """
     names = list(names)
     rows = (*UNET, *_unet_blocks(names))
-    return {name: _resnet(rename(name, rows)) for name in names}
+    return {name: resnet(rename(name, rows)) for name in names}
 
 
 def rename(name, rows):
@@ -50,7 +50,7 @@ def rename(name, rows):
     raise KeyError(name)
 
 
-def _resnet(name):
+def resnet(name):
     """'input_blocks.1.0.conv1' -> 'input_blocks.1.0.in_layers.2'; other names stay."""
     block, inner = re.fullmatch(r'(\w+_blocks?(?:\.\d+)+\.)?(.*)', name).groups()
     try:
@@ -82,3 +82,88 @@ def _unet_blocks(names):
         if f'up_blocks.{i}.resnets.{j + 1}' not in blocks:
             slot = 2 if f'up_blocks.{i}.attentions.{j}' in blocks else 1
             yield f'up_blocks.{i}.upsamplers.0.conv', f'output_blocks.{n}.{slot}.conv'
+
+
+VAE = (
+    ('conv_norm_out', 'norm_out'),
+    ('mid_block.resnets.0', 'mid.block_1'),
+    ('mid_block.attentions.0', 'mid.attn_1'),
+    ('mid_block.resnets.1', 'mid.block_2'),
+)
+VAE_INNER = (
+    ('conv_shortcut', 'nin_shortcut'),
+    ('group_norm', 'norm'),
+    ('to_q', 'q'),
+    ('to_k', 'k'),
+    ('to_v', 'v'),
+    ('to_out.0', 'proj_out'),
+)
+VAE_BLOCK = re.compile(r'(down|up)_blocks\.(\d+)\.(?:(resnets)\.|(?:down|up)samplers\.0\.)')
+VAE_ATTENTION = re.compile(r'.*\.attn_1\.(q|k|v|proj_out)\.weight')  # 1x1 convolutions there
+
+
+def vae_modules(names):
+    """Names of all modules (or parameters) of a diffusers AutoencoderKL -> {name: original name}."""
+    names = list(names)
+    last = max((int(m[2]) for m in map(VAE_BLOCK.search, names) if m), default=0)
+
+    def block(m):  # 'up_blocks.0.resnets.1.' -> 'up.3.block.1.', counted from the finest level
+        level = last - int(m[2]) if m[1] == 'up' else int(m[2])
+        return f'{m[1]}.{level}.' + ('block.' if m[3] else f'{m[1]}sample.')
+
+    def original(name):
+        coder, dot, rest = name.partition('.')
+        if coder not in ('encoder', 'decoder'):
+            return name  # quant_conv, post_quant_conv
+        return coder + dot + _inner(VAE_BLOCK.sub(block, _renamed(rest, VAE)), VAE_INNER)
+
+    return {name: original(name) for name in names}
+
+
+# https://github.com/mlfoundations/open_clip, `transformer.py`
+OPEN_CLIP = (
+    ('text_model.embeddings.position_embedding.weight', 'positional_embedding'),
+    ('text_model.embeddings.token_embedding', 'token_embedding'),
+    ('text_model.final_layer_norm', 'ln_final'),
+    ('text_model.encoder.layers', 'transformer.resblocks'),
+    ('text_projection.weight', 'text_projection'),
+)
+OPEN_CLIP_INNER = (
+    ('layer_norm1', 'ln_1'),
+    ('layer_norm2', 'ln_2'),
+    ('self_attn.out_proj', 'attn.out_proj'),
+    ('self_attn.q_proj.weight', 'attn.in_proj_weight'),  # three rows of one product
+    ('self_attn.k_proj.weight', 'attn.in_proj_weight'),
+    ('self_attn.v_proj.weight', 'attn.in_proj_weight'),
+    ('self_attn.q_proj.bias', 'attn.in_proj_bias'),
+    ('self_attn.k_proj.bias', 'attn.in_proj_bias'),
+    ('self_attn.v_proj.bias', 'attn.in_proj_bias'),
+    ('mlp.fc1', 'mlp.c_fc'),
+    ('mlp.fc2', 'mlp.c_proj'),
+)
+
+
+def open_clip_parameters(names):
+    """Parameter names of a transformers CLIP text model -> {name: OpenCLIP's name}.
+
+    The weights (and the biases) of q, k and v share one name: there they are one tensor, in this
+    order.
+    """
+    return {name: _inner(_renamed(name, OPEN_CLIP), OPEN_CLIP_INNER) for name in names}
+
+
+def _renamed(name, rows):
+    """As `rename`; a name that no row fits stays."""
+    try:
+        return rename(name, rows)
+    except KeyError:
+        return name
+
+
+def _inner(name, rows):
+    """A name with the module that a row fits replaced: 'a.1.to_q.bias' -> 'a.1.q.bias'."""
+    for old, new in rows:
+        start, found, end = name.rpartition('.' + old)
+        if found and (not end or end[0] == '.'):
+            return f'{start}.{new}{end}'
+    return name

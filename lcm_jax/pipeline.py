@@ -153,12 +153,12 @@ class Pipeline:
         del self.adapters[name]
         self._remerge()
 
-    def with_lora(self, lora):
+    def with_lora(self, loras):
         """A Pipeline that shares these weights and draws with this acceleration LoRA alone.
 
-        lora: an adapter of the UNet, as `lora.init` makes it.
+        loras: {component: adapter as `lora.init` makes it}.
         """
-        other = dataclasses.replace(self, adapters={'live': Adapter({'unet': lora}, 1.0, True)})
+        other = dataclasses.replace(self, adapters={'live': Adapter(loras, 1.0, True)})
         other._remerge()
         return other
 

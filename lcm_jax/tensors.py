@@ -51,8 +51,12 @@ class Tensor:
         return len(self.shape)
 
     @property
+    def size(self):
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self):
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
 
     def __array__(self, dtype=None, copy=None):
         return self.read() if dtype is None else self.read().astype(dtype, copy=False)

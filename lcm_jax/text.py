@@ -1,5 +1,7 @@
 """Prompts -> token ids, with transformers' tokenizers."""
 
+import gzip
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import numpy as np
 from lcm_jax.errors import InputError
 
 FILES = (('tokenizer.json',), ('vocab.json', 'merges.txt'))  # transformers 5 writes the first
+MERGES = Path(__file__).parent / 'clip_tokenizer' / 'merges.txt.gz'
+START, END = '<|startoftext|>', '<|endoftext|>'
+LENGTH = 77  # positions of every CLIP text encoder
 
 
 class Tokenizer:
@@ -23,10 +28,40 @@ class Tokenizer:
                 f'{" or ".join(" and ".join(files) for files in FILES)}'
             )
         try:
-            self.tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+            self._set(CLIPTokenizer.from_pretrained(str(folder)))
         except Exception as e:  # the tokenizers library raises bare Exception for a bad file
             raise InputError(f'cannot read the tokenizer in {folder}: {e}') from e
-        self.length = min(self.tokenizer.model_max_length, 77)
+
+    def _set(self, tokenizer):
+        self.tokenizer, self.length = tokenizer, min(tokenizer.model_max_length, LENGTH)
+
+    @classmethod
+    def clip(cls, pad=END):
+        """CLIP's own, shipped; SD 1 and SDXL's first text encoder pad with `END`, others with '!'."""
+        from transformers import CLIPTokenizer
+
+        vocab, merges = vocabulary()
+        new = cls.__new__(cls)
+        new._set(CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=LENGTH))
+        return new
+
+    @classmethod
+    def from_texts(cls, texts):
+        """{file name: text} of a tokenizer folder -> Tokenizer."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in texts.items():
+                Path(folder, Path(name).name).write_text(text, encoding='utf-8')
+            return cls(folder)
+
+    def is_clip(self, pad):
+        """Whether this is `Tokenizer.clip(pad)`."""
+        return self.tokenizer.pad_token == pad and self.tokenizer.get_vocab() == vocabulary()[0]
+
+    def texts(self):
+        """-> {file name: text} of the folder that transformers loads."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return {p.name: p.read_text(encoding='utf-8') for p in Path(folder).iterdir()}
 
     def __call__(self, prompts, truncate=False):
         """[B] str -> ids [B,length] int32.
@@ -51,3 +86,14 @@ class Tokenizer:
                 )
             out.append(ids + [self.tokenizer.pad_token_id] * (self.length - len(ids)))
         return np.asarray(out, np.int32)
+
+
+def vocabulary():
+    """CLIP's byte-pair encoding (OpenAI, MIT licence) -> ({token: id}, [(first, second)])."""
+    text = gzip.decompress(MERGES.read_bytes()).decode()
+    merges = [tuple(line.split()) for line in text.splitlines()[1:]]  # after '#version: 0.2'
+    # Bytes as visible characters: those that print, then the others from 256 on (GPT-2's encoder).
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(b) for b in visible] + [chr(256 + i) for i in range(256 - len(visible))]
+    tokens = [*symbols, *(s + '</w>' for s in symbols), *map(''.join, merges), START, END]
+    return {token: i for i, token in enumerate(tokens)}, merges

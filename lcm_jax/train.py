@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from lcm_jax import data, distill, loop, samplers
 from lcm_jax import lora as L
 from lcm_jax.errors import InputError, choose
-from lcm_jax.lora_io import write_lora
+from lcm_jax.lora_files.files import write_lora
 from lcm_jax.models.vae import VAE
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tree import count
@@ -187,7 +187,9 @@ def distil(
         }
 
     def show(step, state, writer):
-        pictures = pipe.with_lora(baked(state))(list(PROMPTS), steps=4, sampler='lcm', guidance=1.0)
+        pictures = pipe.with_lora({'unet': baked(state)})(
+            list(PROMPTS), steps=4, sampler='lcm', guidance=1.0
+        )
         writer.add_image(
             'four_steps',
             np.concatenate([np.asarray(p) for p in pictures], 1),
@@ -229,7 +231,13 @@ def run(config, workdir):
         workdir=workdir,
     )
     out = Path(workdir) / 'lcm_lora.safetensors'
-    write_lora(out, lora, alpha=config.lora.alpha, metadata=recipe(config.distill))
+    write_lora(
+        out,
+        {'unet': lora},
+        pipe.params,
+        alpha=config.lora.alpha,
+        metadata=recipe(config.distill),
+    )
     print(f'wrote {out}')
     return out
 

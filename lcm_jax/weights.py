@@ -25,7 +25,7 @@ RULES = (
 # (regex, replacement): other spellings of a module on disk, undone where that gives a name we lack.
 ALIASES = (
     # transformers 5 saves CLIPTextModel without the prefix that the published files have.
-    (r'^(embeddings|encoder|final_layer_norm)\.', r'text_model.\1.'),
+    (r'^(.*transformer\.)?(embeddings|encoder|final_layer_norm)\.', r'\1text_model.\2.'),
     # Attention of the AutoencoderKL files of Stable Diffusion 1 and 2 (before diffusers 0.15).
     (r'\.query\.', '.to_q.'),
     (r'\.key\.', '.to_k.'),
@@ -42,10 +42,10 @@ BUFFERS = re.compile(r'.*\.position_ids')
 def theirs(path, ndim):
     """Our parameter path and rank -> (checkpoint key, permutation from our axes to theirs)."""
     for pattern, leaf, axes in RULES:
-        if re.fullmatch(pattern, path):
+        if re.fullmatch(pattern, path) and ndim in axes:
             module = path.rsplit('/', 1)[0] if leaf else path
             return module.replace('/', '.') + leaf, axes[ndim]
-    raise KeyError(path)
+    raise InputError(f'{path} of {ndim} axes is no parameter of a model')
 
 
 def keys(abstract):
@@ -77,8 +77,9 @@ def cover(want, tensors, source='checkpoint'):
     found = {_ours(k, want, tensors): x for k, x in tensors.items() if not BUFFERS.fullmatch(k)}
     for key, x in found.items():
         x = found[key] = lazy(x, f'{source}: {key}')
-        if x.shape == (*want.get(key, ()), 1, 1) and x.ndim == 4:
-            found[key] = x.reshape(want[key])
+        shape = want.get(key, x.shape)
+        if {x.ndim, len(shape)} == {2, 4} and (*x.shape, 1, 1)[:4] == (*shape, 1, 1)[:4]:
+            found[key] = x.reshape(shape)
     have = found.keys()
     problems = {
         'missing': sorted(want.keys() - have),
@@ -105,7 +106,7 @@ def cover(want, tensors, source='checkpoint'):
 
 
 def bind(abstract, tensors, source='checkpoint'):
-    """{checkpoint key: array or Tensor} -> tree of Tensors shaped and typed as `abstract`.
+    """{checkpoint key: array or Tensor} -> tree of Tensors shaped as `abstract`, in their own dtypes.
 
     Raises InputError as `cover` does. Nothing is read.
     """
@@ -113,14 +114,29 @@ def bind(abstract, tensors, source='checkpoint'):
 
     def leaf(path, x):
         key, perm = theirs(path, x.ndim)
-        return tensors[key].astype(x.dtype).transpose(np.argsort(perm))
+        return tensors[key].transpose(np.argsort(perm))
 
     return map_named(leaf, abstract)
 
 
+def unbind(tree):
+    """Tree of arrays or Tensors -> {checkpoint key: Tensor}; the inverse of `bind`."""
+    out = {}
+    for path, x in named(tree):
+        key, perm = theirs(path, x.ndim)
+        out[key] = lazy(x, key).transpose(perm)
+    return out
+
+
 def load(abstract, tensors, source='checkpoint'):
-    """{checkpoint key: array or Tensor} -> parameters, as numpy arrays; see `bind`."""
-    return jax.tree.map(np.asarray, bind(abstract, tensors, source))
+    """{checkpoint key: array or Tensor} -> parameters shaped and typed as `abstract`, in numpy."""
+    tree = bind(abstract, tensors, source)
+    return jax.tree.map(lambda a, x: np.asarray(x.astype(a.dtype)), abstract, tree)
+
+
+def dump(params):
+    """Parameters -> {checkpoint key: array}; the inverse of `load`."""
+    return {key: np.ascontiguousarray(x) for key, x in unbind(params).items()}
 
 
 def place(tree, sharding=None):
@@ -137,12 +153,3 @@ def place(tree, sharding=None):
 
     with ThreadPoolExecutor(READERS) as pool:
         return jax.tree.unflatten(structure, pool.map(put, leaves, homes))
-
-
-def dump(params):
-    """Parameters -> {checkpoint key: array}; the inverse of `load`."""
-    out = {}
-    for path, x in named(params):
-        key, perm = theirs(path, x.ndim)
-        out[key] = np.ascontiguousarray(np.transpose(np.asarray(x), perm))
-    return out

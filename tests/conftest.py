@@ -1,14 +1,17 @@
 """Pipeline folders that the tests share."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from lcm_jax import lora
 from lcm_jax.checkpoint import open_model
 from lcm_jax.data import EMOJI
-from lcm_jax.lora_io import write_lora
+from lcm_jax.lora_files.files import write_lora
 
 torch.set_num_threads(1)  # the reference models are tiny; waiting for threads costs more
 
@@ -91,6 +94,15 @@ def random_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='session')
+def tiny_folder(tmp_path_factory):
+    """tiny_folder(name) -> the diffusers folder of a row of tiny.MODELS, and its tensors by component."""
+    root = tmp_path_factory.mktemp('tiny')
+    return functools.cache(
+        lambda name: (root / name, tiny.write_model(root / name, tiny.MODELS[name]))
+    )
+
+
 @pytest.fixture(scope='session', params=['random', 'emoji'])
 def folder(request):
     """A diffusers folder: the random one, and the shipped emoji model."""
@@ -111,7 +123,8 @@ def random_lora(params, scale=0.3):
 
 
 def write_random_lora(params, file, **options):
-    write_lora(file, random_lora(params), **{'alpha': 4.0, 'dtype': np.float32} | options)
+    options = {'alpha': 4.0, 'dtype': np.float32} | options
+    write_lora(file, {'unet': random_lora(params)}, {'unet': params}, **options)
     return file
 
 

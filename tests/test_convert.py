@@ -1,17 +1,14 @@
-"""Models and LoRA files from form to form: to the last bit, every file, all or nothing."""
+"""Models from form to form: to the last bit, every file, all or nothing."""
 
 import shutil
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import write_random_lora
 
 from lcm_jax import weights
-from lcm_jax.checkpoint import open_model
-from lcm_jax.convert import convert, convert_lora, inspect_lora
+from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
-from lcm_jax.lora_io import read_lora
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tree import named
 
@@ -138,58 +135,3 @@ def test_a_damaged_checkpoint_and_an_existing_target(canonical, tmp_path):
         convert(tmp_path / 'orbax', tmp_path / 'out')
     assert '\n' not in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ['orbax']
-
-
-@pytest.mark.parametrize('dtype', [np.float16, np.float32])
-def test_lora_between_dialects(random_folder, tmp_path, dtype):
-    params = open_model(random_folder).shapes('unet')
-    kohya = write_random_lora(
-        params,
-        tmp_path / 'kohya.safetensors',
-        alpha=2.0,
-        dtype=dtype,
-        metadata={'lcm_jax.accelerates': 'true'},
-    )
-    said = convert_lora(kohya, tmp_path / 'peft.safetensors', random_folder, 'peft')
-    assert said.endswith('79 modules in the peft dialect'), said
-    convert_lora(tmp_path / 'peft.safetensors', tmp_path / 'back.safetensors', random_folder)
-    first, _ = read_lora(kohya, params)
-    for name in ('peft', 'back'):
-        lora, metadata = read_lora(tmp_path / f'{name}.safetensors', params)
-        assert metadata['lcm_jax.accelerates'] == 'true'
-        for path, ab in first.items():
-            for leaf, x in ab.items():
-                np.testing.assert_array_equal(lora[path][leaf], x)
-
-
-def test_inspect(lora_file, random_folder, tmp_path):
-    text = inspect_lora(lora_file)
-    for line in (
-        'dialect     kohya',
-        'modules     79 (incomplete: 0)',
-        'rank        4',
-        'alpha       4',
-        'dtype       float32',
-        '  ss_network_dim: 4',
-    ):
-        assert line in text.splitlines(), (line, text)
-    convert_lora(lora_file, tmp_path / 'peft.safetensors', random_folder, 'peft')
-    text = inspect_lora(tmp_path / 'peft.safetensors')
-    assert 'dialect     peft' in text and 'alpha       not among the tensors' in text
-
-
-def test_bad_lora_files(lora_file, random_folder, tmp_path):
-    with pytest.raises(InputError, match='no such file'):
-        inspect_lora(tmp_path / 'nope.safetensors')
-    with pytest.raises(InputError, match=r'no LoRA factors in a known dialect \(kohya, peft\)'):
-        inspect_lora(random_folder / UNET)
-    out = tmp_path / 'out.safetensors'
-    for arguments, said in (
-        ((lora_file, tmp_path / 'out.bin', random_folder), 'the name must end in .safetensors'),
-        ((lora_file, out, random_folder, 'khoya'), "unknown LoRA dialect 'khoya' .*'kohya'"),
-        ((lora_file, out, tmp_path), 'neither a shipped model'),
-        ((random_folder / UNET, out, random_folder), 'belong to no module'),
-    ):
-        with pytest.raises(InputError, match=said):
-            convert_lora(*arguments)
-    assert not [*tmp_path.iterdir()]

@@ -179,7 +179,7 @@ def test_loras_come_and_go(pipe, lora_file):
     pipe.add_lora(lora_file)
     styled = draw()
     assert np.abs(styled - plain).max() > 20
-    assert (draw(pipe.with_lora(random_lora(pipe.params['unet']))) == styled).all()
+    assert (draw(pipe.with_lora({'unet': random_lora(pipe.params['unet'])})) == styled).all()
     pipe.add_lora(lora_file, name='twice', scale=-1.0)  # updates add up
     assert np.abs(draw() - plain).max() <= 1
     pipe.set_scale('twice', 0.0)

@@ -1,6 +1,6 @@
-"""A diffusers folder to an orbax checkpoint, or back: `lcm-jax convert` as a script.
+"""A model from form to form, in both directions: `lcm-jax convert` as a script.
 
-python tools/convert_weights.py SOURCE OUT [--dtype float32]
+python tools/convert_weights.py SOURCE OUT [--to diffusers|original|orbax] [--dtype float16]
 """
 
 import sys
