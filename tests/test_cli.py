@@ -96,6 +96,22 @@ def test_sample(run, random_folder, lora_file):
     assert err == 'warning: the negative prompt has no effect at guidance 1; it acts above 1\n'
 
 
+def test_sample_from_a_picture(run, random_folder, tmp_path):
+    image = Image.effect_noise((41, 33), 90).convert('RGB')
+    image.save(tmp_path / 'in.png')
+    Image.linear_gradient('L').save(tmp_path / 'mask.png')
+    quick = ('--model', random_folder, '--steps', 2, '--sampler', 'ddim', '--guidance', 1)
+    start = ('--image', 'in.png', '--mask', 'mask.png', '--strength', 0.5)
+    command = ('sample', 'cat ' * 40, *quick, *start, '--truncate', '--clip-skip', 1)
+    status, _, err = run(*command, '--out', 'new.png')
+    assert status == 0 and Image.open('new.png').size == (40, 32)
+    assert re.fullmatch('warning: prompt of 42 tokens cut to 32 .*\n', err)
+    status, _, err = run('sample', 'red heart', *quick, '--image', 'absent.png')
+    assert status == 1 and 'cannot read the picture absent.png' in err
+    status, _, err = run('sample', 'red heart', *quick, '--strength', 0.5)
+    assert status == 1 and 'strength = 0.5 without an image' in err
+
+
 @pytest.mark.parametrize(
     ('arguments', 'said'),
     [
@@ -164,12 +180,12 @@ def test_convert(run, random_folder):
     status, _, err = run('convert', random_folder, 'back')
     assert (
         status == 1
-        and err == f'error: back exists already or lies in {random_folder}; name another folder\n'
+        and err == f'error: back exists already or lies in {random_folder}; choose another name\n'
     )
 
 
 def test_convert_refuses(run, random_folder):
-    refused(run('convert', 'nope', 'out'), 'no such folder: nope')
+    refused(run('convert', 'nope', 'out'), "'nope' is neither a shipped model")
     refused(
         run('convert', random_folder, 'out', '--dtype', 'half'),
         "unknown dtype 'half'; one of: keep",
@@ -286,7 +302,7 @@ def test_the_module_as_a_program(tmp_path):
             ['-m', 'lcm_jax.train', f'--config={CONFIG}', '--workdir=w', '--config.train.stepz=3'],
             'stepz',
         ),
-        ([str(ROOT / 'tools/convert_weights.py'), 'nope', 'out'], 'no such folder: nope'),
+        ([str(ROOT / 'tools/convert_weights.py'), 'nope', 'out'], 'neither a shipped model'),
     ):
         done = subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path

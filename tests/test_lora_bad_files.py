@@ -90,7 +90,7 @@ NAN = 'holds values that are not finite'
             lambda tensors, _: tensors.update(
                 {'unet.' + to_path(TO_Q).replace('/', '.') + '.lora_A.weight': draw(4, 16)}
             ),
-            rf'1 of \d+ tensors are given twice \(unet\.mid.* and {TO_Q}\.lora_down\.weight\)',
+            rf'1 of \d+ tensors are given twice \({TO_Q}\.lora_down\.weight and unet\.mid',
         ),
         (change(f'{CONV}.lora_down.weight', lambda x: x[:, :5]), MISFIT),
         (change(f'{CONV}.lora_down.weight', lambda x: x[:2]), MISFIT),
@@ -187,7 +187,7 @@ def test_a_lora_for_another_base(tmp_path, model):
         ),
         (
             {'alpha': 1e-5},
-            r'lora\.safetensors in float16: 79 of 237 tensors would hold values that',
+            r'lora\.safetensors in float16: 79 of 237 tensors hold values that',
         ),
     ],
 )
@@ -199,9 +199,7 @@ def test_what_cannot_be_written_is_not(tmp_path, kwargs, message):
 
 def test_a_diverged_adapter_is_not_written(tmp_path):
     broken = jax.tree.map(lambda x: x * np.nan, adapter())
-    with pytest.raises(
-        InputError, match='158 of 237 tensors would hold values that are not finite'
-    ):
+    with pytest.raises(InputError, match='158 of 237 tensors hold values that are not finite'):
         write(tmp_path / 'lora.safetensors', broken)
     assert not list(tmp_path.iterdir())
 

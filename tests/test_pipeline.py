@@ -14,6 +14,7 @@ from conftest import random_lora, write_random_lora
 
 from lcm_jax import adapters, conditioning, samplers, weights
 from lcm_jax import pipeline as module
+from lcm_jax.data import EMOJI
 from lcm_jax.draw import draw
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels
@@ -37,8 +38,9 @@ def float32():
 
 
 @pytest.fixture(scope='module')
-def both(folder):
-    """Our pipeline and diffusers' of one folder."""
+def both():
+    """Our pipeline and diffusers' of the shipped emoji model; test_pictures.py has all families."""
+    folder = EMOJI / 'pipeline'
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     return Pipeline.load(folder), theirs

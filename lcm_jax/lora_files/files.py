@@ -87,7 +87,7 @@ def locate(keys, spots, source):
             continue
         roles = found[part.component, module]
         if part.role in roles:
-            twice.append(f'{roles[part.role][1]} and {key}')
+            twice.append(' and '.join(sorted((roles[part.role][1], key))))
         roles[part.role] = part, key
     if not keys:
         raise InputError(f'{source} holds no tensors')
@@ -153,30 +153,19 @@ def write_lora(file, adapters, models, *, alpha, dialect=None, dtype=np.float16,
     """
     sdxl = dialects.is_sdxl(models)
     dialect = dialect or ('kohya-sgm' if sdxl else 'kohya')
-    roles = choose('LoRA dialect to write', dialect, dialects.WRITTEN)
+    choose('LoRA dialect to write', dialect, dialects.WRITTEN)
     with np.errstate(over='ignore'):  # becomes inf, which is refused
         alpha_said, alpha = alpha, np.asarray(alpha, dtype)
         if not 0 < alpha < np.inf:
             raise InputError(
                 f'LoRA alpha = {alpha_said!r}; {alpha.dtype} files take a positive number'
             )
-        tensors, ranks = {}, {}
-        for component, adapter in adapters.items():
-            spots = modules(models[component])
-            spelled = dialects.DIALECTS[dialect].spell(component, spots)
-            for name, module in spelled.items():
-                path, perm, _ = spots[module]
-                if path in adapter:
-                    ranks[component, module] = adapter[path]['down'].shape[-1]
-                    values = _tensors(adapter[path], alpha, perm)
-                    for role in roles:
-                        key = dialects.key(dialect, component, name, role, sdxl)
-                        tensors[key] = values[role]
-    metadata = {**peft_config.metadata(dialect, ranks, float(alpha)), **(metadata or {})}
-    broken = [key for key, x in tensors.items() if not np.isfinite(x).all()]
-    if broken:
-        said = listing(broken, len(tensors), 'tensors would hold values that are not finite')
+        tensors, ranks = _keyed(adapters, models, dialect, alpha, sdxl)
+    over = [key for key, x in tensors.items() if not np.isfinite(x).all()]
+    if over:
+        said = listing(over, len(tensors), 'tensors hold values that are not finite')
         raise InputError(f'{file} in {alpha.dtype}: {said}')
+    metadata = {**peft_config.metadata(dialect, ranks, float(alpha)), **(metadata or {})}
     file = Path(file)
     part = file.with_name(f'.unchecked-{file.name}')
     try:
@@ -187,6 +176,22 @@ def write_lora(file, adapters, models, *, alpha, dialect=None, dtype=np.float16,
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _keyed(adapters, models, dialect, alpha, sdxl):
+    """Adapters -> ({key: tensor} of a file with that alpha, {(component, module): rank})."""
+    tensors, ranks = {}, {}
+    for component, adapter in adapters.items():
+        spots = modules(models[component])
+        for name, module in dialects.DIALECTS[dialect].spell(component, spots).items():
+            path, perm, _ = spots[module]
+            if path in adapter:
+                ranks[component, module] = adapter[path]['down'].shape[-1]
+                values = _tensors(adapter[path], alpha, perm)
+                for role in dialects.WRITTEN[dialect]:
+                    key = dialects.key(dialect, component, name, role, sdxl)
+                    tensors[key] = values[role]
+    return tensors, ranks
 
 
 def _tensors(ab, alpha, perm):
