@@ -166,6 +166,15 @@ def needed(names):
     yield from (name for name in names if name.startswith('tokenizer'))
 
 
+def open_part(name, part):
+    """A model, or the folder of one component alone -> Checkpoint that has this component."""
+    folder = Path(name)
+    if (folder / INDEX).is_file() or not (folder / 'config.json').is_file():
+        return open_model(name)
+    config = tensors.read_json(folder / 'config.json')
+    return Checkpoint(folder, {}, {part: config}, {}, lambda _: open_component(folder, ''), None)
+
+
 # --- which file of a component's folder holds its weights
 
 STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model')  # diffusers, transformers (two)

@@ -6,16 +6,25 @@ import sys
 import warnings
 from pathlib import Path
 
+from lcm_jax import lora_cli
 from lcm_jax.errors import InputError
 
 EPILOG = """examples:
   lcm-jax demo --out demo-out
   lcm-jax sample "a red heart, noto emoji" --lora lcm --count 4 --out hearts.png
+  lcm-jax sample "a cat, noto emoji" --lora lcm --image in.png --strength 0.6 --out cat.png
   lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji --set train.steps=200
   lcm-jax lora inspect demo-out/lcm_lora.safetensors
 
 lcm-jax VERB --help says what a verb takes."""
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
+DTYPES = ('float32', 'bfloat16', 'float16')
+# Arguments of `sample` that go to the pipeline as they are.
+PASSED_ON = (
+    *('negative', 'strength', 'sampler', 'steps', 'spacing', 'guidance'),
+    *('seed', 'count', 'size', 'clip_skip', 'truncate'),
+    *('original_size', 'crop', 'target_size'),
+)
 
 
 def demo(args):
@@ -46,22 +55,27 @@ def sample(args):
         raise InputError(f'--out {args.out}: the name must end in one of {", ".join(PICTURES)}')
     if len(args.scale) > len(args.lora):
         raise InputError(f'{len(args.scale)} --scale for {len(args.lora)} --lora; one each at most')
-    pipe = Pipeline.load(args.model)
+    image, mask = (file and read_picture(file) for file in (args.image, args.mask))
+    pipe = Pipeline.load(args.model, args.dtype, args.vae_dtype, vae=args.vae)
     scales = args.scale + [1.0] * (len(args.lora) - len(args.scale))
     for file, scale in zip(args.lora, scales, strict=True):
         pipe.add_lora(file, scale=scale)
-    pictures = pipe(
-        args.prompt,
-        steps=args.steps,
-        sampler=args.sampler,
-        guidance=args.guidance,
-        negative=args.negative,
-        seed=args.seed,
-        count=args.count,
-        size=args.size,
-    )
+    options = {name: getattr(args, name) for name in PASSED_ON}
+    pictures = pipe(args.prompt, image=image, mask=mask, **options)
     save(strip(pictures) if len(pictures) > 1 else pictures[0], args.out)
     print(f'wrote {args.out}')
+
+
+def read_picture(file):
+    """A picture file -> PIL image. Raises InputError if it cannot be read."""
+    from PIL import Image
+
+    try:
+        picture = Image.open(file)
+        picture.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f'cannot read the picture {file}: {e}') from e
+    return picture
 
 
 def save(picture, file):
@@ -75,19 +89,8 @@ def save(picture, file):
 def convert(args):
     from lcm_jax.convert import convert
 
-    print(convert(args.source, args.out, args.to, args.dtype))
-
-
-def lora_inspect(args):
-    from lcm_jax.convert import inspect_lora
-
-    print(inspect_lora(args.file))
-
-
-def lora_convert(args):
-    from lcm_jax.convert import convert_lora
-
-    print(convert_lora(args.file, args.out, args.model, args.dialect))
+    loras = [lora_cli.term(text) for text in args.lora]
+    print(convert(args.source, args.out, args.to, args.dtype, loras))
 
 
 def parser():
@@ -121,35 +124,7 @@ def parser():
         help='keys of configs/default.py, e.g. train.steps=200',
     )
 
-    p = verb(sample, 'sample', 'draw pictures')
-    p.add_argument('prompt')
-    p.add_argument('--out', type=Path, default='out.png', help='picture file; default: out.png')
-    p.add_argument('--model', default='emoji', help="'emoji' (the default) or a diffusers folder")
-    p.add_argument(
-        '--lora',
-        action='append',
-        default=[],
-        metavar='FILE',
-        help="a LoRA file, or 'lcm' (shipped); repeatable",
-    )
-    p.add_argument(
-        '--scale',
-        action='append',
-        type=float,
-        default=[],
-        help='of each --lora, in order; default: 1',
-    )
-    p.add_argument('--steps', type=positive, help='default: 4 with an acceleration LoRA, else 50')
-    p.add_argument(
-        '--sampler', help='ddim, dpm, dpm++ or lcm; default: as the LoRA needs, lcm or ddim'
-    )
-    p.add_argument(
-        '--guidance', type=float, help='1 is none; default: 1 with an acceleration LoRA, else 7.5'
-    )
-    p.add_argument('--negative', metavar='PROMPT', help='negative prompt; acts above guidance 1')
-    p.add_argument('--seed', type=int, default=0, help='default: 0')
-    p.add_argument('--count', type=positive, default=1, help='pictures of the prompt; default: 1')
-    p.add_argument('--size', type=positive, nargs=2, metavar=('HEIGHT', 'WIDTH'), help='in px')
+    sample_arguments(verb(sample, 'sample', 'draw pictures'))
 
     p = verb(convert, 'convert', 'convert a model: diffusers folder, single file, orbax checkpoint')
     p.add_argument(
@@ -164,18 +139,53 @@ def parser():
     p.add_argument(
         '--dtype', default='keep', help='keep (the default), float32, bfloat16 or float16'
     )
+    p.add_argument(
+        '--lora',
+        action='append',
+        default=[],
+        metavar='FILE:SCALE',
+        help='a LoRA to merge into the weights; repeatable; without :SCALE it is 1',
+    )
 
-    text = 'look into or convert LoRA files'
-    group = verbs.add_parser('lora', help=text, description=text)
-    group = group.add_subparsers(required=True, metavar='VERB')
-    p = verb(lora_inspect, 'inspect', 'say what is in a LoRA file', group)
-    p.add_argument('file')
-    p = verb(lora_convert, 'convert', 'write a LoRA file in another dialect', group)
-    p.add_argument('file')
-    p.add_argument('out', help='.safetensors file to write')
-    p.add_argument('--model', default='emoji', help='base model of the LoRA; default: emoji')
-    p.add_argument('--dialect', default='kohya', help='kohya (the default) or peft')
+    lora_cli.add(verbs, verb)
     return main
+
+
+def sample_arguments(p):
+    add = p.add_argument
+    size = {'type': int, 'nargs': 2, 'metavar': ('HEIGHT', 'WIDTH')}
+    add('prompt')
+    add('--out', type=Path, default='out.png', help='picture file; default: out.png')
+    add('--model', default='emoji', help="'emoji' (the default), a folder, a file or a hub id")
+    add('--vae', help='a model or folder with another VAE, such as TAESD for previews')
+    add('--dtype', choices=DTYPES, help='default: bfloat16, on CPUs float32')
+    add('--vae-dtype', choices=DTYPES, default='float32', help='default: float32')
+
+    repeat = {'action': 'append', 'default': []}
+    add('--lora', **repeat, metavar='FILE', help="a LoRA, or 'lcm' (shipped); repeatable")
+    add('--scale', type=float, **repeat, help='of each --lora, in order; default: 1')
+
+    add = p.add_argument_group('how to draw').add_argument
+    add('--steps', type=positive, help='default: 4 with an acceleration LoRA, else 50')
+    add('--sampler', help='ddim, dpm, dpm++, euler or lcm; default: as the LoRA needs, lcm or ddim')
+    add('--spacing', help="leading, trailing or linspace times; default: the sampler's")
+    add('--guidance', type=float, help='1 is none: the default with an acceleration LoRA')
+    add('--negative', metavar='PROMPT', help='negative prompt; acts above guidance 1')
+    add('--seed', type=int, default=0, help='default: 0')
+    add('--count', type=positive, default=1, help='pictures of the prompt; default: 1')
+    add('--size', **size, help="in px; default: the image's, or the model's")
+    add('--clip-skip', type=int, default=0, metavar='N', help='last text layers to leave out')
+    add('--truncate', action='store_true', help='cut a prompt that is too long, with a warning')
+
+    add = p.add_argument_group('from a picture').add_argument
+    add('--image', metavar='FILE', help='picture to start from')
+    add('--strength', type=float, help='of the change, up to 1; default: 0.8, with --mask 1')
+    add('--mask', metavar='FILE', help='picture that is light where --image is drawn anew')
+
+    add = p.add_argument_group('what SDXL is told of sizes, in px').add_argument
+    add('--original-size', **size, help='default: --size')
+    add('--crop', **size | {'metavar': ('TOP', 'LEFT')}, help='default: 0 0')
+    add('--target-size', **size, help='default: --size')
 
 
 def positive(text):

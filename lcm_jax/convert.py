@@ -1,4 +1,4 @@
-"""Models between diffusers folders, single files and orbax checkpoints; LoRA files between dialects."""
+"""Models between diffusers folders, single files and orbax checkpoints."""
 
 import json
 import shutil
@@ -9,25 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lcm_jax import lora_io, orbax_io, single, weights
+from lcm_jax import lora, orbax_io, single, weights
 from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_model
 from lcm_jax.errors import InputError, choose
+from lcm_jax.lora_files.dialects import COMPONENTS as LORA_COMPONENTS
+from lcm_jax.lora_files.files import read_lora
+from lcm_jax.tree import named
 
 DTYPES = {'keep': None, 'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
 
-def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None):
+def convert(source, out, to=None, dtype='keep', loras=(), prediction_type=None):
     """Write the model `source`, in any form that `open_model` opens, as `out` in the form `to`.
 
     to: a key of FORMS; by default 'original' for an `out` that ends in .safetensors, else 'orbax'
     for a diffusers folder and 'diffusers' for anything else. dtype is a key of DTYPES; 'keep' keeps
-    every value to the last bit. edit: a function (component, {diffusers key: Tensor}) -> the same
-    with other values, such as merged LoRAs. An orbax checkpoint is a diffusers folder with each
-    component's Flax parameters, COMPONENT/params, in place of its weights.
+    every value to the last bit. loras: (LoRA file, scale) pairs whose updates are added. An orbax
+    checkpoint is a diffusers folder with each component's Flax parameters, COMPONENT/params, in
+    place of its weights.
 
     Tensors pass one by one. Returns a sentence that says what was done. Raises InputError, and
-    leaves nothing behind, if `out` exists, if a component does not fit its config exactly, or if a
-    tensor is not finite.
+    leaves nothing behind, if `out` exists, if a component does not fit its config exactly, if a
+    LoRA does not fit the model as a whole, or if a tensor is not finite.
     """
     source, out, dtype = str(source), Path(out), choose('dtype', dtype, DTYPES)
     folder = Path(source) if Path(source).is_dir() else None
@@ -41,9 +44,10 @@ def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None)
             f'{out}: a name ends in .safetensors if, and only if, the form is original'
         )
     parts = single.places(ckpt.configs) if to == 'original' else ckpt.configs
-    found = {part: ckpt.tensors(part) for part in parts}
-    if edit:
-        found = {part: edit(part, tensors) for part, tensors in found.items()}
+    found = {
+        part: {key: _cast(x, dtype) for key, x in ckpt.tensors(part).items()} for part in parts
+    }
+    found = baked(ckpt, found, loras) if loras else found
     total = sum(x.nbytes for tensors in found.values() for x in tensors.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -56,7 +60,7 @@ def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None)
             return x
 
         for part, tensors in found.items():
-            found[part] = {k: _cast(x.map(seen), dtype) for k, x in tensors.items()}
+            found[part] = {key: x.map(seen) for key, x in tensors.items()}
         new = Path(staging) / out.name
         write(ckpt, found, new)
         new.rename(out)
@@ -70,6 +74,32 @@ def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None)
 
 def _cast(x, dtype):
     return x.astype(dtype) if dtype and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def baked(ckpt, found, loras):
+    """{component: {key: Tensor}} of a model, [(LoRA file, scale)] -> the same with the LoRAs added.
+
+    The sum is taken in float32 when a tensor is read. Raises InputError if a file does not fit.
+    """
+    models = {part: ckpt.shapes(part) for part in LORA_COMPONENTS if part in found}
+    adapters = [(read_lora(file, models)[0], float(scale)) for file, scale in loras]
+
+    def added(part, path, ndim, x):
+        key, perm = weights.theirs(path, ndim)
+        updates = [(a[part][path], scale) for a, scale in adapters if path in a.get(part, {})]
+        if not updates:
+            return key, x[key]
+
+        def add(w):
+            total = sum(scale * np.asarray(lora.delta(ab)) for ab, scale in updates)
+            return (w.astype(np.float32) + total.transpose(perm)).astype(w.dtype)
+
+        return key, x[key].map(add)
+
+    return found | {
+        part: dict(added(part, path, w.ndim, found[part]) for path, w in named(params))
+        for part, params in models.items()
+    }
 
 
 def default_form(ckpt, out):
@@ -137,72 +167,3 @@ def write_rest(ckpt, found, folder):
     for path, text in texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding='utf-8')
-
-
-def factors(file):
-    """A LoRA file -> dialect, (down, up, alpha), metadata; each of the three {module: array}.
-
-    Needs no model. Raises InputError unless one dialect explains every key.
-    """
-    tensors, metadata = weights.read_tensors(file)
-    tables = {}
-    for dialect, keys_of in lora_io.DIALECTS.items():
-        leaves = [key and key.partition('@')[2] for key in keys_of('unet', '@')]
-        tables[dialect] = [
-            {key.removesuffix(leaf): x for key, x in tensors.items() if leaf and key.endswith(leaf)}
-            for leaf in leaves
-        ]
-    dialect = max(tables, key=lambda name: sum(map(len, tables[name])))
-    strange = len(tensors) - sum(map(len, tables[dialect]))
-    if strange or not tensors:
-        dialects, keys = ', '.join(lora_io.DIALECTS), ', '.join([*tensors][:3])
-        raise InputError(
-            f'{file}: {strange} of {len(tensors)} tensors are no LoRA factors in a known dialect '
-            f'({dialects}); the first keys are {keys}'
-        )
-    return dialect, tables[dialect], metadata
-
-
-def inspect_lora(file):
-    """A LoRA file -> what is in it, as text. Raises InputError if it is not one."""
-    dialect, (down, up, alpha), metadata = factors(file)
-    arrays = (*down.values(), *up.values())
-    said = {
-        'file': file,
-        'dialect': dialect,
-        'modules': f'{len(down.keys() & up.keys())} (incomplete: {len(down.keys() ^ up.keys())})',
-        'rank': listed(x.shape[0] for x in down.values()),
-        'alpha': listed(float(x) for x in alpha.values()) or 'not among the tensors',
-        'parameters': f'{sum(x.size for x in arrays):,}',
-        'dtype': ', '.join(sorted({str(x.dtype) for x in arrays})),
-        'metadata': f'{len(metadata)} entries',
-    }
-    lines = [f'{key:<12}{value}' for key, value in said.items()]
-    return '\n'.join(lines + [f'  {key}: {value}' for key, value in sorted(metadata.items())])
-
-
-def listed(numbers):
-    """Numbers -> their distinct values as text, such as '16' or '4, 8, 12, ... (9 values)'."""
-    values = sorted(set(numbers))
-    text = ', '.join(f'{v:g}' for v in values[:3])
-    return text if len(values) <= 3 else f'{text}, ... ({len(values)} values)'
-
-
-def convert_lora(file, out, model='emoji', dialect='kohya'):
-    """Write a LoRA file for the UNet of `model` in another dialect; returns what was done.
-
-    float16 stays float16, anything else becomes float32; alpha becomes the rank unless all tensors
-    of alpha agree. Raises InputError if `out` is no .safetensors name or the LoRA does not fit.
-    """
-    if Path(out).suffix != '.safetensors':
-        raise InputError(f'{out}: the name must end in .safetensors')
-    abstract = open_model(model).shapes('unet')
-    lora, metadata = lora_io.read_lora(file, abstract)
-    _, (down, _, alpha), _ = factors(file)
-    alphas = {float(x) for x in alpha.values()}
-    alpha = float(alphas.pop() if len(alphas) == 1 else max(x.shape[0] for x in down.values()))
-    dtype = np.float16 if all(x.dtype == np.float16 for x in down.values()) else np.float32
-    anew = 'format', 'ss_network_', 'sshs_', lora_io.PEFT_METADATA  # these describe the old form
-    kept = {key: value for key, value in metadata.items() if not key.startswith(anew)}
-    lora_io.write_lora(out, lora, alpha=alpha, dialect=dialect, dtype=dtype, metadata=kept)
-    return f'wrote {out}: {len(lora)} modules in the {dialect} dialect'

@@ -10,7 +10,7 @@ from lcm_jax import data
 from lcm_jax.errors import InputError
 from lcm_jax.evaluate import BATCH, Cell, Features, markdown, table
 from lcm_jax.grid import grid, pixels
-from lcm_jax.lora_io import write_lora
+from lcm_jax.lora_files.files import write_lora
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.train import distil, encode, recipe
 
@@ -78,10 +78,11 @@ def demo(out, steps=400):
 
     print('3/4 exporting, and reading the file back')
     file = out / 'lcm_lora.safetensors'
-    write_lora(file, lora, alpha=RECIPE['alpha'], metadata=recipe(RECIPE))
+    loras = {'unet': lora}
+    write_lora(file, loras, teacher.params, alpha=RECIPE['alpha'], metadata=recipe(RECIPE))
     fresh = Pipeline.load('emoji')
     fresh.add_lora(file, name='lcm')
-    same(teacher.with_lora(lora), fresh, file)
+    same(teacher.with_lora(loras), fresh, file)
 
     print('4/4 drawing and measuring')
     shipped = Pipeline.load('emoji')

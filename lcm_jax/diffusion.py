@@ -14,19 +14,39 @@ from lcm_jax.errors import choose
 
 CLEAN = -1
 
+
+def _cosine(lo, hi, n):
+    """Improved DDPM (arXiv 2102.09672, eq. 17); it has no use for the end points."""
+    alphas = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alphas[1:] / alphas[:-1], 0.999)
+
+
 BETAS = {
     'scaled_linear': lambda lo, hi, n: np.linspace(lo**0.5, hi**0.5, n, dtype=np.float64) ** 2,
     'linear': lambda lo, hi, n: np.linspace(lo, hi, n, dtype=np.float64),
+    'squaredcos_cap_v2': _cosine,
 }
+LEAST = (
+    2.0**-24
+)  # of abar: a last alpha of 0 has no log-SNR (diffusers' Euler and DPM-Solver alike)
 
 
-def schedule(kind='scaled_linear', start=0.00085, end=0.012, steps=1000):
+def schedule(
+    kind='scaled_linear', start=0.00085, end=0.012, steps=1000, *, betas=None, zero_snr=False
+):
     """-> abar [steps] float32: the cumulative alphas; the defaults are Stable Diffusion's.
 
-    kind is diffusers' `beta_schedule`; InputError for one that BETAS lacks.
+    kind is diffusers' `beta_schedule`; InputError for one that BETAS lacks. betas [steps] replace
+    it. zero_snr: shifted and scaled such that the last time is pure noise (arXiv 2305.08891,
+    algorithm 1), but for LEAST.
     """
-    betas = choose('beta_schedule', kind, BETAS)(start, end, steps)
-    return jnp.asarray(np.cumprod(1 - betas), jnp.float32)
+    if betas is None:
+        betas = choose('beta_schedule', kind, BETAS)(start, end, steps)
+    abar = np.cumprod(1 - np.asarray(betas, np.float64))
+    if zero_snr:
+        alpha = np.sqrt(abar)
+        abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return jnp.asarray(np.maximum(abar, LEAST) if zero_snr else abar, jnp.float32)
 
 
 def alpha_sigma(abar, t, ndim=0):

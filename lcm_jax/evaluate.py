@@ -51,9 +51,9 @@ class Features:
     def __init__(self, pipe):
         spec = pipe.checkpoint.spec('image_encoder')
         params = pipe.checkpoint.load('image_encoder')
-        self.size, self.tokenizer = spec.size, pipe.tokenizer
+        self.size, self.tokenizer = spec.size, pipe.tokenizers[0]
         self._image = jax.jit(lambda x: ImageEncoder(spec).apply({'params': params}, x))
-        text, text_params = pipe.text, pipe.params['text_encoder']
+        text, text_params = pipe.specs['text_encoder'], pipe.params['text_encoder']
         self._text = jax.jit(
             lambda ids: TextEncoder(text).apply({'params': text_params}, ids).pooled
         )

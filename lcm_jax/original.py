@@ -39,7 +39,7 @@ def unet_modules(names):
     """
     names = list(names)
     rows = (*UNET, *_unet_blocks(names))
-    return {name: _resnet(rename(name, rows)) for name in names}
+    return {name: resnet(rename(name, rows)) for name in names}
 
 
 def rename(name, rows):
@@ -50,7 +50,7 @@ def rename(name, rows):
     raise KeyError(name)
 
 
-def _resnet(name):
+def resnet(name):
     """'input_blocks.1.0.conv1' -> 'input_blocks.1.0.in_layers.2'; other names stay."""
     block, inner = re.fullmatch(r'(\w+_blocks?(?:\.\d+)+\.)?(.*)', name).groups()
     try:

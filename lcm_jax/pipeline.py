@@ -1,113 +1,131 @@
-"""Prompts -> pictures: a diffusers pipeline folder, sampled as one jitted program."""
+"""Prompts, and pictures if you like -> pictures: a Stable Diffusion model and what one may ask of it."""
 
 import dataclasses
 import functools
-import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lcm_jax import lora as L
-from lcm_jax import samplers
-from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model
-from lcm_jax.data import EMOJI
-from lcm_jax.diffusion import KINDS, denoiser, guided, schedule
-from lcm_jax.errors import InputError, choose, nearest
-from lcm_jax.lora_io import read_lora
-from lcm_jax.models import configs
-from lcm_jax.models.clip import TextEncoder, TextSpec
-from lcm_jax.models.unet import UNet, UNetSpec
-from lcm_jax.models.vae import VAE, VAESpec
+from lcm_jax import adapters, images, request, samplers
+from lcm_jax.adapters import Adapter
+from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model, open_part
+from lcm_jax.conditioning import encode_text, micro_conditioning
+from lcm_jax.draw import PARTS, Plan, apply_unet, draw
+from lcm_jax.errors import InputError, choose
+from lcm_jax.families import Family, check_channels, read_family, takes_mask
+from lcm_jax.scheduler import Schedule, read_schedule
 from lcm_jax.text import Tokenizer
-
-LORAS = {'lcm': EMOJI / 'lcm_lora.safetensors'}
-# Keys of scheduler_config.json with the only values that `schedule` computes.
-SCHEDULER_ONLY = {
-    'trained_betas': (None,),
-    'rescale_betas_zero_snr': (False,),
-    'thresholding': (False,),
-}
-
-
-class Adapter(NamedTuple):
-    """A loaded LoRA."""
-
-    lora: dict  # as `lora.init` makes it
-    scale: float
-    accelerates: bool  # made for few steps without guidance
 
 
 @dataclasses.dataclass(eq=False)
 class Pipeline:
     """Networks, their parameters and the noise schedule of one Stable Diffusion model.
 
-    `params` are the base weights and never change; pictures are drawn with `merged`, the base UNet
-    plus the scaled adapters.
+    `specs`, `params` and `merged` are by component: 'unet', 'vae', 'text_encoder' and perhaps
+    'text_encoder_2'. `params` are the base weights and never change; pictures are drawn with
+    `merged`, the base plus the scaled adapters.
     """
 
     checkpoint: Checkpoint
-    unet: UNetSpec
-    vae: VAESpec
-    text: TextSpec
-    params: dict[str, Any]  # 'unet', 'vae', 'text_encoder'
-    tokenizer: Tokenizer
-    abar: jax.Array
-    prediction_type: str
+    family: Family
+    specs: dict[str, Any]
+    params: dict[str, Any]
+    tokenizers: tuple[Tokenizer, ...]  # one for each of the family's text encoders
+    schedule: Schedule
     size: tuple[int, int]  # (height, width) px that pictures have by default
     merged: dict[str, Any]
+    mesh: Mesh | None = None
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, name, dtype=jnp.float32):
-        """'emoji' (shipped) or a diffusers folder -> Pipeline with parameters in `dtype`."""
+    def load(cls, name, dtype=None, vae_dtype=jnp.float32, *, vae=None, mesh=None, sharding=None):
+        """A model (see `checkpoint.open_model`) -> Pipeline.
+
+        dtype: of the UNet and the text encoders; default bfloat16, on CPUs float32. vae: a model or
+        a folder whose VAE replaces the model's own, such as TAESD for fast previews.
+        mesh: pictures are drawn in equal parts along its axis 'data', the same as without. sharding:
+        component -> sharding, or tree of them, of its parameters; default: whole on every device.
+        Raises InputError for what is missing, does not fit or is not supported.
+        """
         ckpt = open_model(name)
-        configs.Config(
-            ckpt.index, {'_class_name': ('StableDiffusionPipeline',)}, ckpt.folder / INDEX
-        )
-        noise = configs.Config(ckpt.scheduler, SCHEDULER_ONLY, ckpt.folder / SCHEDULER)
-        kind = noise.get('prediction_type', 'epsilon')
-        choose('prediction_type', kind, KINDS)
-        specs = {part: ckpt.spec(part) for part in ('unet', 'vae', 'text_encoder')}
-        params = {part: ckpt.load(part, dtype) for part in specs}
+        family = read_family(ckpt.index, ckpt.folder / INDEX)
+        schedule = read_schedule(ckpt.scheduler, ckpt.folder / SCHEDULER)
+        sources = dict.fromkeys(('unet', 'vae', *family.text_encoders), ckpt)
+        if vae is not None:
+            sources['vae'] = open_part(vae, 'vae')
+        specs = {part: source.spec(part) for part, source in sources.items()}
+        dtypes = dict.fromkeys(sources, dtype or _default_dtype(mesh)) | {'vae': vae_dtype}
+        whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        params = {
+            part: source.load(part, dtypes[part], (sharding or {}).get(part, whole))
+            for part, source in sources.items()
+        }
+        check_channels(specs['unet'], specs['vae'], ckpt.folder)
+        tokenizers = (part.replace('text_encoder', 'tokenizer') for part in family.text_encoders)
         grid = ckpt.configs['unet'].get('sample_size') or 64
         height, width = grid if isinstance(grid, list) else (grid, grid)
+        factor = specs['vae'].factor
         return cls(
             ckpt,
-            specs['unet'],
-            specs['vae'],
-            specs['text_encoder'],
+            family,
+            specs,
             params,
-            ckpt.tokenizer(),
-            schedule(
-                noise['beta_schedule'],
-                noise['beta_start'],
-                noise['beta_end'],
-                noise['num_train_timesteps'],
-            ),
-            kind,
-            (height * specs['vae'].factor, width * specs['vae'].factor),
-            params['unet'],
+            tuple(ckpt.tokenizer(name) for name in tokenizers),
+            schedule,
+            (height * factor, width * factor),
+            params,
+            mesh,
         )
 
-    def net(self, params, z, t, context):
-        """The UNet with these parameters: z [B,h,w,C], t [B], context [B,L,D] -> [B,h,w,C]."""
-        return UNet(self.unet).apply({'params': params}, z.astype(context.dtype), t, context)
+    def net(self, params, z, t, context, **cond):
+        """The UNet with these parameters: z [B,h,w,C], t [B], a condition -> [B,h,w,C]."""
+        return apply_unet(self.specs['unet'], params, z, t, context, **cond)
 
-    def encode_text(self, prompts):
-        """[B] str -> context [B,L,D]. Raises InputError for a prompt over the model's length."""
-        return _encode_text(self.text, self.params['text_encoder'], self.tokenizer(prompts))
+    def encode_text(self, prompts, clip_skip=0, truncate=False):
+        """[B] str -> their condition: 'context' [B,L,D], and for SDXL 'pooled' [B,P].
+
+        Raises InputError for a prompt over the model's length, unless it may be truncated.
+        """
+        parts = self.family.text_encoders
+        specs = tuple(self.specs[part] for part in parts)
+        most = min(spec.layers for spec in specs) - len(specs)
+        if not 0 <= clip_skip <= most:
+            raise InputError(f'clip_skip = {clip_skip}; this model takes 0 to {most}')
+        ids = tuple(tokenizer(prompts, truncate) for tokenizer in self.tokenizers)
+        return encode_text(specs, tuple(self.merged[part] for part in parts), ids, clip_skip)
+
+    def encode_null(self, negative=None, truncate=False):
+        """Negative prompt -> the null condition of guidance, [1, ...] each, as `encode_text`.
+
+        Without one: the empty prompt's, or zeros where the model was trained so (SDXL). diffusers'
+        `clip_skip` does not act here.
+        """
+        cond = self.encode_text([negative or ''], truncate=truncate)
+        zero = negative is None and self.family.zero_null
+        return jax.tree.map(jnp.zeros_like, cond) if zero else cond
+
+    def sizes(self, size, original=None, crop=None, target=None):
+        """SDXL's micro-conditioning of one picture, {'sizes': [1,6]}; {} for other models.
+
+        All in px, heights first; `original` and `target` are `size` if not given, `crop` (0, 0).
+        """
+        if self.specs['unet'].size_dim:
+            sizes = micro_conditioning(original or size, crop or (0, 0), target or size)
+            return {'sizes': jnp.asarray(sizes[None])}
+        if original or crop or target:
+            raise InputError('original_size, crop and target_size are told to SDXL models only')
+        return {}
 
     def latent_shape(self, size=None):
         """(height, width) in px, default the model's own -> (h, w, C) of a latent."""
-        height, width = size or self.size
-        multiple = self.vae.factor * 2 ** (len(self.unet.widths) - 1)
-        if min(height, width) < multiple or height % multiple or width % multiple:
-            raise InputError(f'size {height} x {width}: both must be multiples of {multiple} px')
-        return height // self.vae.factor, width // self.vae.factor, self.vae.latent_channels
+        (height, width), vae = size or self.size, self.specs['vae']
+        if min(height, width) < vae.factor or height % vae.factor or width % vae.factor:
+            raise InputError(f'size {height} x {width}: both must be multiples of {vae.factor} px')
+        return height // vae.factor, width // vae.factor, vae.latent_channels
 
     def add_lora(self, file, name=None, scale=1.0):
         """Add a LoRA file ('lcm': the shipped one) under `name`, default its stem, at `scale`.
@@ -121,15 +139,7 @@ class Pipeline:
                 f'a LoRA named {name!r} is loaded already; give it another name than '
                 f'{", ".join(self.adapters)}'
             )
-        path = Path(LORAS.get(str(file), file))
-        if not path.is_file():
-            raise InputError(
-                f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
-                f'{nearest(file, LORAS)} nor a file'
-            )
-        lora, metadata = read_lora(path, self.params['unet'])
-        accelerates = metadata.get('lcm_jax.accelerates') == 'true' or 'lcm' in name.lower()
-        self.adapters[name] = Adapter(jax.tree.map(jnp.asarray, lora), scale, accelerates)
+        self.adapters[name] = adapters.read_adapter(file, name, scale, self.params)
         self._remerge()
 
     def set_scale(self, name, scale):
@@ -143,141 +153,159 @@ class Pipeline:
         del self.adapters[name]
         self._remerge()
 
-    def with_lora(self, lora):
-        """A Pipeline that shares these weights and draws with this acceleration LoRA alone."""
-        other = dataclasses.replace(self, adapters={'live': Adapter(lora, 1.0, True)})
+    def with_lora(self, loras):
+        """A Pipeline that shares these weights and draws with this acceleration LoRA alone.
+
+        loras: {component: adapter as `lora.init` makes it}.
+        """
+        other = dataclasses.replace(self, adapters={'live': Adapter(loras, 1.0, True)})
         other._remerge()
         return other
 
     def _remerge(self):
-        self.merged = self.params['unet']
-        for lora, scale, _ in self.adapters.values():
-            self.merged = _merge(self.merged, lora, float(scale))
+        self.merged = adapters.merge(self.params, self.adapters.values())
 
     def __call__(
         self,
         prompt,
         *,
+        negative=None,
+        image=None,
+        mask=None,
+        strength=None,
         steps=None,
         sampler=None,
         guidance=None,
-        negative=None,
         seed=0,
         count=1,
         size=None,
         latents=None,
         timesteps=None,
+        spacing=None,
+        clip_skip=0,
+        truncate=False,
+        original_size=None,
+        crop=None,
+        target_size=None,
     ):
         """Draw `count` pictures of each prompt -> list of PIL images, prompt by prompt.
 
-        prompt: str or list of str; negative: str, used only when guidance > 1.
-        sampler: 'ddim', 'dpm', 'dpm++' or 'lcm'; steps: how many network steps; timesteps: falling
-        list of ints that replaces the sampler's own. guidance has diffusers' meaning (1: none).
-        The default is 'lcm' with 4 steps and guidance 1 when an acceleration LoRA is loaded, 'ddim'
-        with 50 steps and guidance 7.5 otherwise.
-        size: (height, width) px. latents: start noise [N,h,w,C] float32 in place of the seed's.
+        prompt: str or list of str. negative: str, used only with guidance above 1. Prompts over the
+        model's length are refused, or cut with a warning if `truncate`. clip_skip: layers of the
+        text encoder left out for the prompt (diffusers' meaning).
+
+        image: PIL image, or one per prompt, to start from: noised by `strength` (above 0, at most
+        1; default 0.8), which leaves out the first steps, or for 'lcm' the times above it.
+        mask: PIL image, or one per prompt: only where it is light `image` is drawn anew (strength
+        1 by default).
+
+        sampler: a key of samplers.SAMPLERS; steps: how many network steps; spacing: a key of
+        samplers.SPACINGS, or timesteps: falling list of ints, in place of the sampler's own.
+        guidance has diffusers' meaning (1: none). The default is 'lcm' with 4 steps if an
+        acceleration LoRA is loaded (guidance 1) or the UNet is a full LCM, 'ddim' with 50 steps and
+        the family's guidance otherwise.
+
+        size: (height, width) px; default the image's, rounded down to what fits, or the model's.
+        original_size, crop, target_size: SDXL's micro-conditioning; default size, (0, 0), size.
+        latents: noise [N,h,w,C] float32 in place of the seed's.
         Picture i of the list depends on the seed, i and its prompt, not on how many others are
-        drawn. Raises InputError for what is out of range.
+        drawn. Raises InputError for what is out of range and for pictures that are not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        n = len(prompts) * count
         if not prompts or count < 1:
             raise InputError(
                 f'nothing to draw: {len(prompts)} prompts, count = {count}; both must be 1 or more'
             )
         if not 0 <= seed < 2**32:
             raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
-        fast = any(a.accelerates and a.scale for a in self.adapters.values())
-        sampler = sampler or ('lcm' if fast else 'ddim')
-        guidance = float((1 if fast else 7.5) if guidance is None else guidance)
-        if fast and guidance > 2:
-            warnings.warn(
-                f'guidance {guidance:g} with an acceleration LoRA burns pictures; use 1 to 2',
-                stacklevel=2,
-            )
-        if negative and guidance <= 1:
-            warnings.warn(
-                f'the negative prompt has no effect at guidance {guidance:g}; it acts above 1',
-                stacklevel=2,
-            )
+        unet, vae = self.specs['unet'], self.specs['vae']
+        sampler, guidance, guided = request.manner(
+            sampler,
+            guidance,
+            negative,
+            lora=any(a.accelerates and a.scale for a in self.adapters.values()),
+            embedded=bool(unet.w_dim),
+            default=self.family.guidance,
+        )
+        strength, pure = request.start(image, mask, strength, timesteps, takes_mask(unet, vae))
         if timesteps is None:
             steps = (4 if sampler == 'lcm' else 50) if steps is None else steps
-            times = samplers.times(sampler, steps, len(self.abar))
+            times = self.schedule.times(sampler, steps, spacing, strength)
         else:
-            times = samplers.custom_times(sampler, timesteps, len(self.abar), steps)
-        shape = (len(prompts) * count, *self.latent_shape(size))
-        keys = _keys(np.uint32(seed), shape[0])
+            times = self.schedule.custom_times(sampler, timesteps, steps)
+            steps = len(times) - 1
+        image, mask = (
+            images.as_list(x, len(prompts), what) for x, what in ((image, 'image'), (mask, 'mask'))
+        )
+        size = size or (request.picture_size(image, vae.factor) if image else self.size)
+        shape = (n, *self.latent_shape(size))
+        keys = _keys(np.uint32(seed), n)
         if latents is None:
-            latents = samplers.fresh(keys)(len(self.abar), shape)  # a number that no step has
+            latents = samplers.fresh(keys)(len(self.schedule.abar), shape)  # a number no step has
         elif np.shape(latents) != shape:
             raise InputError(f'latents of shape {np.shape(latents)}; these pictures need {shape}')
-        context = jnp.repeat(self.encode_text(prompts), count, 0)
-        if guidance > 1:
-            null = self.encode_text([negative or ''])
-            context = jnp.concatenate([context, jnp.broadcast_to(null, context.shape)])
-        pictures = self.draw(
-            self.merged,
-            jnp.asarray(latents, jnp.float32),
-            context,
+        sizes = self.sizes(size, original_size, crop, target_size)
+        rows = {'cond': self.encode_text(prompts, clip_skip, truncate) | sizes}
+        if guided:
+            rows['null'] = self.encode_null(negative, truncate) | sizes
+        rows = jax.tree.map(lambda x: jnp.repeat(x, n // len(x), 0), rows)
+        rows |= {'noise': jnp.asarray(latents, jnp.float32), 'keys': keys}
+        pictures = {
+            name: x if len(x) == 1 else np.repeat(x, count, 0)
+            for name, x in request.pictures(image, mask, size, unet, vae, pure).items()
+        }
+        drawn, finite = draw(
+            Plan(
+                unet,
+                vae,
+                self.schedule.prediction_type,
+                sampler,
+                steps < samplers.SHORT,
+                self.mesh,
+            ),
+            {part: self.merged[part] for part in ('unet', 'vae')},
+            self.schedule.abar,
+            *self._split(n, rows, pictures),
             times,
-            keys,
             guidance,
-            sampler=sampler,
+            pure,
         )
-        return [Image.fromarray(p) for p in np.asarray(pictures)]
+        self._check_finite(np.asarray(finite)[:n])
+        return images.pictures(drawn[:n])
 
-    def draw(self, unet_params, latents, context, times, keys, guidance, *, sampler):
-        """latents [B,h,w,C], context [B,L,D] (guided: [2B,L,D]) -> pictures [B,H,W,3] uint8.
+    def _split(self, n, rows, pictures):
+        """Rows of n pictures, and pictures, laid out on the mesh: equal parts, so padded."""
+        if self.mesh is None:
+            return rows, pictures
+        each = np.arange(n + -n % self.mesh.shape['data']) % n
+        split = NamedSharding(self.mesh, PartitionSpec('data'))
+        pictures = {k: x if len(x) == 1 else x[each] for k, x in pictures.items()}
+        return jax.device_put(jax.tree.map(lambda x: x[each], rows), split), pictures
 
-        One program per sampler, shapes and number of steps; everything else is traced.
-        """
-        return _draw(
-            self.unet,
-            self.vae,
-            self.prediction_type,
-            sampler,
-            unet_params,
-            self.params['vae'],
-            self.abar,
-            latents,
-            context,
-            jnp.asarray(times),
-            keys,
-            guidance,
+    def _check_finite(self, finite):
+        """finite [N, len(PARTS)]. InputError that names the first part that failed."""
+        if finite.all():
+            return
+        part = PARTS[int(np.argmin(finite.all(0)))]
+        name, option = ('vae', 'vae_dtype') if 'VAE' in part else ('unet', 'dtype')
+        dtype = jax.tree.leaves(self.params[name])[0].dtype
+        advice = (
+            'look for broken weights, and for LoRA scales or guidance that are too high'
+            if dtype == jnp.float32
+            else f'load the model with {option} float32'
+        )
+        raise InputError(
+            f'{(~finite.all(1)).sum()} of {len(finite)} pictures are not finite: the {part} gave '
+            f'NaN or infinity in {dtype}; {advice}'
         )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_text(spec, params, ids):
-    return TextEncoder(spec).apply({'params': params}, ids).hidden
-
-
-@jax.jit
-def _merge(params, lora, scale):
-    return L.merge(params, lora, scale)
+def _default_dtype(mesh):
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return jnp.float32 if platform == 'cpu' else jnp.bfloat16
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _keys(seed, n):
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _draw(
-    unet, vae, kind, sampler, unet_params, vae_params, abar, latents, context, times, keys, guidance
-):
-    def net(z, t):
-        return UNet(unet).apply({'params': unet_params}, z.astype(context.dtype), t, context)
-
-    model = denoiser(net, kind, abar)
-    if len(context) == 2 * len(latents):
-        model = guided(model, guidance)
-    solver = samplers.SAMPLERS[sampler].solver(len(times) - 1)
-    z = samplers.sample(model, solver, latents, times, abar, samplers.fresh(keys))
-    return decode(vae, vae_params, z)
-
-
-def decode(vae, params, z):
-    """Scaled latents [B,h,w,C] -> pictures [B,H,W,3] uint8, rounded as diffusers does."""
-    z = (z / vae.scaling_factor).astype(jax.tree.leaves(params)[0].dtype)
-    x = VAE(vae).apply({'params': params}, z, method='decode').astype(jnp.float32)
-    return jnp.round(255 * jnp.clip(x / 2 + 0.5, 0, 1)).astype(jnp.uint8)

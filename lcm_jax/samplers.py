@@ -121,26 +121,32 @@ SPACINGS = {'leading': leading, 'trailing': trailing, 'linspace': linspace, 'lcm
 class Sampler(NamedTuple):
     """A solver with the times that its reference implementation gives it."""
 
-    solver: Callable  # number of steps -> Solver
+    solver: Callable  # whether there are fewer than SHORT steps -> Solver
     spacing: str
     end: int  # the last target time: CLEAN or 0
     drop: int = 0  # points left out at the clean end: DPM-Solver spaces n + 1 of them and drops one
 
 
-# SD's configuration of diffusers' schedulers: set_alpha_to_one=False, steps_offset=1.
+SHORT = 15  # steps, from which DPM-Solver's last one is of second order too
+
+# SD's configuration of diffusers' schedulers: set_alpha_to_one=False, steps_offset=1; SDXL's is
+# 'euler'. Its noise of variance 1 is diffusers' for `leading` (other spacings: sigma_max there).
 SAMPLERS = {
-    'ddim': Sampler(lambda n: ddim(), 'leading', 0),
-    'dpm': Sampler(lambda n: dpm_solver(first_order_end=n < 15), 'linspace', 0, 1),
-    'dpm++': Sampler(lambda n: dpm_solver_pp(), 'linspace', CLEAN, 1),
-    'lcm': Sampler(lambda n: lcm(), 'lcm', CLEAN),
+    'ddim': Sampler(lambda short: ddim(), 'leading', 0),
+    'dpm': Sampler(lambda short: dpm_solver(first_order_end=short), 'linspace', 0, 1),
+    'dpm++': Sampler(lambda short: dpm_solver_pp(), 'linspace', CLEAN, 1),
+    'euler': Sampler(lambda short: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
+    'lcm': Sampler(lambda short: lcm(), 'lcm', CLEAN),
 }
 
 
-def times(sampler, n, total=1000, spacing=None):
-    """Sampler name and number of steps -> [n+1] int32 times, falling, ending at the sampler's end.
+def times(sampler, n, total=1000, spacing=None, *, offset=1, end=None, strength=1.0):
+    """Sampler name and number of steps -> [m+1] int32 times, falling, ending at the sampler's end.
 
-    spacing: a key of SPACINGS in place of the sampler's own.
-    Raises InputError for an unknown name and for a number of steps outside the range.
+    spacing: a key of SPACINGS, end: CLEAN or 0, in place of the sampler's own; offset is that of
+    `leading`. strength < 1 starts from a noised picture: the last m = int(n strength) steps
+    (diffusers `get_timesteps`), or all n at the LCM's times below it (see `lcm_spacing`).
+    Raises InputError for an unknown name and for a number of steps or strength outside the range.
     """
     row = choose('sampler', sampler, SAMPLERS)
     spacing = spacing or row.spacing
@@ -148,13 +154,24 @@ def times(sampler, n, total=1000, spacing=None):
     most = DISTILLED_STEPS if spacing == 'lcm' else total - 1
     if not (isinstance(n, (int, np.integer)) and 1 <= n <= most):
         raise InputError(f'steps = {n!r}; {sampler} takes a whole number from 1 to {most}')
+    if not 0 < strength <= 1:
+        raise InputError(f'strength = {strength}; a number above 0, at most 1')
     # `trailing` and `lcm` have no point at the clean end that could be dropped.
     drop = row.drop if spacing in ('leading', 'linspace') else 0
-    return np.append(points(n + drop, total)[:n], row.end).astype(np.int32)
+    extra = {'leading': {'offset': offset}, 'lcm': {'strength': strength}}.get(spacing, {})
+    chosen = points(n + drop, total, **extra)[:n]
+    if spacing != 'lcm':
+        chosen = chosen[n - int(n * strength) :]
+    if not len(chosen):
+        raise InputError(
+            f'strength {strength} of {n} steps leaves none; give a strength of at least '
+            f'{np.ceil(1e4 / n) / 1e4:g}, or at least {int(np.ceil(1 / strength))} steps'
+        )
+    return np.append(chosen, row.end if end is None else end).astype(np.int32)
 
 
-def custom_times(sampler, timesteps, total=1000, n=None):
-    """The user's own falling timesteps -> [N+1] int32 times with the sampler's end.
+def custom_times(sampler, timesteps, total=1000, n=None, *, end=None):
+    """The user's own falling timesteps -> [N+1] int32 times with the sampler's end, or `end`.
 
     Raises InputError unless they fall strictly within 0..total-1 and number `n`, if that is given.
     """
@@ -171,7 +188,7 @@ def custom_times(sampler, timesteps, total=1000, n=None):
         raise InputError(
             f'steps = {n} but {len(points)} timesteps are given; leave one of them out'
         )
-    return np.append(points, row.end).astype(np.int32)
+    return np.append(points, row.end if end is None else end).astype(np.int32)
 
 
 def fresh(keys):
@@ -186,19 +203,21 @@ def fresh(keys):
     return noise
 
 
-def sample(model, solver, z, times, abar, noise):
+def sample(model, solver, z, times, abar, noise, keep=lambda z, s: z):
     """Start noise z [B,h,w,C] -> sample [B,h,w,C]: one lax.scan over the steps; jit the caller.
 
     model: (z, t) -> Pred.  times [N+1] int, falling, as the function `times` gives them; they and
     abar [T] may be traced. noise(i, shape): Gaussian noise of step i (see `fresh`); only stochastic
-    solvers draw it.
+    solvers draw it. keep(z, s) -> z changes what each step to time s gives; the last s is CLEAN.
     """
 
     def body(carry, xs):
         z, state = carry
-        i, t, s = xs
-        return solver.step(state, z, model(z, t), t, s, abar, lambda: noise(i, z.shape)), None
+        i, t, s, kept = xs
+        z, state = solver.step(state, z, model(z, t), t, s, abar, lambda: noise(i, z.shape))
+        return (keep(z, kept), state), None
 
-    steps = jnp.arange(len(times) - 1)
-    (z, _), _ = jax.lax.scan(body, (z, solver.init(z)), (steps, times[:-1], times[1:]))
+    times = jnp.asarray(times)
+    xs = jnp.arange(len(times) - 1), times[:-1], times[1:], jnp.append(times[1:-1], CLEAN)
+    (z, _), _ = jax.lax.scan(body, (z, solver.init(z)), xs)
     return z

@@ -3,6 +3,7 @@
 import functools
 import gzip
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -63,13 +64,23 @@ class Tokenizer:
             self.tokenizer.save_pretrained(folder)
             return {p.name: p.read_text(encoding='utf-8') for p in Path(folder).iterdir()}
 
-    def __call__(self, prompts):
-        """[B] str -> ids [B,length] int32. Raises InputError for a prompt that is too long."""
+    def __call__(self, prompts, truncate=False):
+        """[B] str -> ids [B,length] int32.
+
+        A prompt that is too long raises InputError; if `truncate`, it is cut with a warning.
+        """
         out = []
         for prompt, ids in zip(
             prompts, self.tokenizer(list(prompts), verbose=False).input_ids, strict=True
         ):
-            if len(ids) > self.length:
+            if len(ids) > self.length and truncate:
+                warnings.warn(
+                    f'prompt of {len(ids)} tokens cut to {self.length} (start and end included); '
+                    f'left out: {self.tokenizer.decode(ids[self.length - 1 : -1])!r}',
+                    stacklevel=2,
+                )
+                ids = [*ids[: self.length - 1], ids[-1]]
+            elif len(ids) > self.length:
                 raise InputError(
                     f'prompt of {len(ids)} tokens (start and end included); this '
                     f'model takes at most {self.length}: {prompt!r}'

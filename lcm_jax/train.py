@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 from lcm_jax import data, distill, loop, samplers
 from lcm_jax import lora as L
 from lcm_jax.errors import InputError, choose
-from lcm_jax.lora_io import write_lora
-from lcm_jax.models.clip import TextEncoder
+from lcm_jax.lora_files.files import write_lora
 from lcm_jax.models.vae import VAE
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tree import count
@@ -37,8 +36,8 @@ class Cache(NamedTuple):
 
     mean: jax.Array  # [N,h,w,C] of the latents' posterior, unscaled
     std: jax.Array  # [N,h,w,C]
-    context: jax.Array  # [N,L,D]
-    null: jax.Array  # [L,D]: the empty prompt
+    cond: dict[str, jax.Array]  # the captions' conditions (see `conditioning`), [N, ...] each
+    null: dict[str, jax.Array]  # the null condition, [1, ...] each
 
 
 def batched(fn, x, batch=64):
@@ -55,21 +54,19 @@ def encode_pictures(spec, params, pictures):
     return mean, np.exp(0.5 * logvar)
 
 
-def encode_captions(spec, params, tokenizer, captions):
-    """[N] str -> context [N,L,D]."""
-    read = jax.jit(lambda ids: TextEncoder(spec).apply({'params': params}, ids).hidden)
-    return batched(read, tokenizer(captions))
+def encode_captions(read, captions):
+    """[N] str -> their conditions, [N, ...] each in numpy; read does it for a list of any length."""
+    return batched(lambda some: read(some.tolist()), np.array(captions, object))
 
 
 def encode(pipe, samples):
-    """[Sample] -> Cache on the device, by the pipeline's own VAE and text encoder."""
-    mean, std = encode_pictures(
-        pipe.vae, pipe.params['vae'], np.stack([s.picture for s in samples])
-    )
-    context = encode_captions(
-        pipe.text, pipe.params['text_encoder'], pipe.tokenizer, [*(s.caption for s in samples), '']
-    )
-    return Cache(*map(jnp.asarray, (mean, std, context[:-1], context[-1])))
+    """[Sample] -> Cache on the device, by the pipeline's own VAE and text encoders."""
+    pictures = np.stack([s.picture for s in samples])
+    mean, std = encode_pictures(pipe.specs['vae'], pipe.params['vae'], pictures)
+    cond = encode_captions(pipe.encode_text, [s.caption for s in samples])
+    sizes = pipe.sizes(pictures.shape[1:3])
+    cond |= {k: np.repeat(x, len(samples), 0) for k, x in sizes.items()}
+    return jax.tree.map(jnp.asarray, Cache(mean, std, cond, pipe.encode_null() | sizes))
 
 
 def make_loss(pipe, *, scale, target, solver_steps, w_range, distance, huber_c):
@@ -90,24 +87,21 @@ def make_loss(pipe, *, scale, target, solver_steps, w_range, distance, huber_c):
             samples,
             cache.mean.shape[1:],
             steps=solver_steps,
-            total=len(pipe.abar),
+            total=len(pipe.schedule.abar),
             w_range=w_range,
         )
         posterior = jax.vmap(
             lambda i: jax.random.normal(jax.random.fold_in(keys[1], i), cache.mean.shape[1:])
         )
-        z = pipe.vae.scaling_factor * (
+        z = pipe.specs['vae'].scaling_factor * (
             cache.mean[samples] + cache.std[samples] * posterior(samples)
         )
-        context = cache.context[samples]
-        batch = {
-            'z': z,
-            'cond': {'context': context},
-            'null': {'context': jnp.broadcast_to(cache.null, context.shape)},
-        }
+        cond = jax.tree.map(lambda x: x[samples], cache.cond)
+        null = jax.tree.map(lambda x, c: jnp.broadcast_to(x, c.shape), cache.null, cond)
+        batch = {'z': z, 'cond': cond, 'null': null}
 
-        def teacher(z, t, context):
-            return pipe.net(base, z, t, context)
+        def teacher(z, t, **cond):
+            return pipe.net(base, z, t, **cond)
 
         student, goal = (L.apply(teacher, lora, scale) for lora in (params, pick(params, ema)))
         return distill.lcm_loss(
@@ -116,9 +110,9 @@ def make_loss(pipe, *, scale, target, solver_steps, w_range, distance, huber_c):
             teacher,
             batch,
             draws,
-            pipe.abar,
+            pipe.schedule.abar,
             solver=samplers.ddim(),
-            kind=pipe.prediction_type,
+            kind=pipe.schedule.prediction_type,
             distance=distance,
             huber_c=huber_c,
         ), {}
@@ -193,7 +187,9 @@ def distil(
         }
 
     def show(step, state, writer):
-        pictures = pipe.with_lora(baked(state))(list(PROMPTS), steps=4, sampler='lcm', guidance=1.0)
+        pictures = pipe.with_lora({'unet': baked(state)})(
+            list(PROMPTS), steps=4, sampler='lcm', guidance=1.0
+        )
         writer.add_image(
             'four_steps',
             np.concatenate([np.asarray(p) for p in pictures], 1),
@@ -235,7 +231,13 @@ def run(config, workdir):
         workdir=workdir,
     )
     out = Path(workdir) / 'lcm_lora.safetensors'
-    write_lora(out, lora, alpha=config.lora.alpha, metadata=recipe(config.distill))
+    write_lora(
+        out,
+        {'unet': lora},
+        pipe.params,
+        alpha=config.lora.alpha,
+        metadata=recipe(config.distill),
+    )
     print(f'wrote {out}')
     return out
 

@@ -12,7 +12,7 @@ from random_model import write_model
 from lcm_jax import lora
 from lcm_jax.checkpoint import open_model
 from lcm_jax.data import EMOJI
-from lcm_jax.lora_io import write_lora
+from lcm_jax.lora_files.files import write_lora
 
 torch.set_num_threads(1)  # the reference models are tiny; waiting for threads costs more
 
@@ -122,7 +122,8 @@ def random_lora(params, scale=0.3):
 
 
 def write_random_lora(params, file, **options):
-    write_lora(file, random_lora(params), **{'alpha': 4.0, 'dtype': np.float32} | options)
+    options = {'alpha': 4.0, 'dtype': np.float32} | options
+    write_lora(file, {'unet': random_lora(params)}, {'unet': params}, **options)
     return file
 
 

@@ -52,7 +52,11 @@ def test_help_names_every_verb_and_imports_little():
 
 
 @pytest.mark.parametrize(
-    'verb', ['demo', 'train', 'sample', 'convert', 'lora', 'lora inspect', 'lora convert']
+    'verb',
+    [
+        *('demo', 'train', 'sample', 'convert', 'lora', 'lora inspect', 'lora check'),
+        *('lora convert', 'lora merge', 'lora extract'),
+    ],
 )
 def test_every_verb_has_help(run, verb):
     status, out, _ = run(*verb.split(), '--help')
@@ -92,6 +96,22 @@ def test_sample(run, random_folder, lora_file):
     assert err == 'warning: the negative prompt has no effect at guidance 1; it acts above 1\n'
 
 
+def test_sample_from_a_picture(run, random_folder, tmp_path):
+    image = Image.effect_noise((41, 33), 90).convert('RGB')
+    image.save(tmp_path / 'in.png')
+    Image.linear_gradient('L').save(tmp_path / 'mask.png')
+    quick = ('--model', random_folder, '--steps', 2, '--sampler', 'ddim', '--guidance', 1)
+    start = ('--image', 'in.png', '--mask', 'mask.png', '--strength', 0.5)
+    command = ('sample', 'cat ' * 40, *quick, *start, '--truncate', '--clip-skip', 1)
+    status, _, err = run(*command, '--out', 'new.png')
+    assert status == 0 and Image.open('new.png').size == (40, 32)
+    assert re.fullmatch('warning: prompt of 42 tokens cut to 32 .*\n', err)
+    status, _, err = run('sample', 'red heart', *quick, '--image', 'absent.png')
+    assert status == 1 and 'cannot read the picture absent.png' in err
+    status, _, err = run('sample', 'red heart', *quick, '--strength', 0.5)
+    assert status == 1 and 'strength = 0.5 without an image' in err
+
+
 @pytest.mark.parametrize(
     ('arguments', 'said'),
     [
@@ -106,7 +126,7 @@ def test_sample(run, random_folder, lora_file):
         (['--lora', CONFIG], 'emoji_lcm_lora.py is not a readable safetensors file'),
         (['--lora', 'LORA', '--lora', 'LORA'], "a LoRA named 'style' is loaded already"),
         (['--scale', '2'], '1 --scale for 0 --lora'),
-        (['--size', 30, 32], 'size 30 x 32: both must be multiples of 8'),
+        (['--size', 30, 32], 'size 30 x 32: both must be multiples of 4'),
         (['--seed', -1], 'seed = -1'),
         (['--model', 'emojy'], "'emojy' is neither a shipped model .*did you mean 'emoji'"),
     ],
@@ -173,19 +193,32 @@ def test_convert_refuses(run, random_folder):
 
 
 def test_lora(run, random_folder, lora_file):
+    model = '--model', random_folder
     status, out, _ = run('lora', 'inspect', lora_file)
     assert status == 0 and 'rank        4' in out
-    options = '--model', random_folder, '--dialect', 'peft'
+    options = *model, '--dialect', 'peft'
     assert run('lora', 'convert', lora_file, 'x.safetensors', *options)[0] == 0
     assert 'dialect     peft' in run('lora', 'inspect', 'x.safetensors')[1]
+    done = run('lora', 'check', lora_file, *model, '--target', 'comfyui')
+    assert done == (0, f'comfyui loads 79 of 79 modules of {lora_file}\n', '')
+    done = run('lora', 'check', 'x.safetensors', *model, '--target', 'a1111')
+    assert done[0] == 1 and done[1].startswith('a1111 loads 0 of 79 modules')
+    terms = f'{lora_file}:0.5', 'x.safetensors'
+    assert run('lora', 'merge', *terms, 'sum.safetensors', *model)[0] == 0
+    assert 'rank        8' in run('lora', 'inspect', 'sum.safetensors')[1]
+    assert run('lora', 'merge', *terms, 'two.safetensors', *model, '--rank', 2)[0] == 0
+    assert 'rank        2' in run('lora', 'inspect', 'two.safetensors')[1]
 
 
 def test_lora_refuses(run, random_folder, lora_file):
+    model = '--model', random_folder
     refused(run('lora', 'inspect', 'nope.safetensors'), 'no such file: nope.safetensors')
-    refused(
-        run('lora', 'convert', lora_file, 'x.bin', '--model', random_folder),
-        'must end in .safetensors',
-    )
+    refused(run('lora', 'convert', lora_file, 'x.bin', *model), 'must end in .safetensors')
+    said = "'half' is no scale; write FILE:SCALE, a number"
+    refused(run('lora', 'merge', f'{lora_file}:half', 'x.safetensors', *model), said)
+    said = 'differ in no layer that a LoRA can hold'
+    options = 'x.safetensors', '--rank', 2
+    refused(run('lora', 'extract', random_folder, random_folder, *options), said)
 
 
 BAD_SETTINGS = [

@@ -2,17 +2,17 @@
 
 import shutil
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
-from conftest import write_random_lora
 
 from lcm_jax import weights
+from lcm_jax.adapters import LORAS
 from lcm_jax.checkpoint import open_model
-from lcm_jax.convert import FORMS, convert, convert_lora, inspect_lora
+from lcm_jax.convert import FORMS, convert
 from lcm_jax.errors import InputError
-from lcm_jax.lora_io import read_lora
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.single import MODEL
 from lcm_jax.tree import named
@@ -147,19 +147,6 @@ def test_what_has_no_place_in_a_single_file_is_said(tmp_path):
     assert said.endswith('text_encoder; that form has no place for image_encoder')
 
 
-def test_edit_changes_tensors_on_their_way(canonical, tmp_path):
-    def edit(part, tensors):
-        if part == 'unet':
-            tensors['conv_in.bias'] = tensors['conv_in.bias'].map(lambda x: x + 1)
-        return tensors
-
-    convert(canonical, tmp_path / 'x.safetensors', edit=edit)
-    ours, theirs = (open_model(m).tensors('unet') for m in (tmp_path / 'x.safetensors', canonical))
-    for key, x in theirs.items():
-        change = np.float16(key == 'conv_in.bias')
-        np.testing.assert_array_equal(np.asarray(ours[key]), np.asarray(x) + change)
-
-
 @pytest.mark.parametrize('family', ['sd1', 'sdxl'])
 def test_diffusers_opens_our_single_files(family, tiny_folder, tmp_path):
     """from_single_file, offline, with the folder's configs: every weight is in its place."""
@@ -233,56 +220,22 @@ def test_a_damaged_checkpoint(canonical, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['orbax']
 
 
-@pytest.mark.parametrize('dtype', [np.float16, np.float32])
-def test_lora_between_dialects(random_folder, tmp_path, dtype):
-    params = open_model(random_folder).shapes('unet')
-    kohya = write_random_lora(
-        params,
-        tmp_path / 'kohya.safetensors',
-        alpha=2.0,
-        dtype=dtype,
-        metadata={'lcm_jax.accelerates': 'true'},
+def test_loras_are_merged_in(random_folder, lora_file, tmp_path):
+    said = convert(
+        random_folder, tmp_path / 'one.safetensors', loras=[(lora_file, 0.5), (lora_file, 0.3)]
     )
-    said = convert_lora(kohya, tmp_path / 'peft.safetensors', random_folder, 'peft')
-    assert said.endswith('79 modules in the peft dialect'), said
-    convert_lora(tmp_path / 'peft.safetensors', tmp_path / 'back.safetensors', random_folder)
-    first, _ = read_lora(kohya, params)
-    for name in ('peft', 'back'):
-        lora, metadata = read_lora(tmp_path / f'{name}.safetensors', params)
-        assert metadata['lcm_jax.accelerates'] == 'true'
-        for path, ab in first.items():
-            for leaf, x in ab.items():
-                np.testing.assert_array_equal(lora[path][leaf], x)
+    assert 'single file' in said
+    live, file = Pipeline.load(random_folder), Pipeline.load(tmp_path / 'one.safetensors')
+    live.add_lora(lora_file, 'a', 0.8)
+    changed = 0
+    for (path, x), (_, y) in zip(named(live.merged), named(file.params), strict=True):
+        assert np.allclose(x, y, rtol=1e-5, atol=1e-6), path
+    for x, y in zip(*(jax.tree.leaves(t) for t in (live.params, file.params)), strict=True):
+        changed += not np.array_equal(x, y)
+    assert changed == len(live.adapters['a'].loras['unet'])
 
 
-def test_inspect(lora_file, random_folder, tmp_path):
-    text = inspect_lora(lora_file)
-    for line in (
-        'dialect     kohya',
-        'modules     79 (incomplete: 0)',
-        'rank        4',
-        'alpha       4',
-        'dtype       float32',
-        '  ss_network_dim: 4',
-    ):
-        assert line in text.splitlines(), (line, text)
-    convert_lora(lora_file, tmp_path / 'peft.safetensors', random_folder, 'peft')
-    text = inspect_lora(tmp_path / 'peft.safetensors')
-    assert 'dialect     peft' in text and 'alpha       not among the tensors' in text
-
-
-def test_bad_lora_files(lora_file, random_folder, tmp_path):
-    with pytest.raises(InputError, match='no such file'):
-        inspect_lora(tmp_path / 'nope.safetensors')
-    with pytest.raises(InputError, match=r'no LoRA factors in a known dialect \(kohya, peft\)'):
-        inspect_lora(random_folder / UNET)
-    out = tmp_path / 'out.safetensors'
-    for arguments, said in (
-        ((lora_file, tmp_path / 'out.bin', random_folder), 'the name must end in .safetensors'),
-        ((lora_file, out, random_folder, 'khoya'), "unknown LoRA dialect 'khoya' .*'kohya'"),
-        ((lora_file, out, tmp_path), 'neither a shipped model'),
-        ((random_folder / UNET, out, random_folder), 'belong to no module'),
-    ):
-        with pytest.raises(InputError, match=said):
-            convert_lora(*arguments)
-    assert not [*tmp_path.iterdir()]
+def test_a_lora_that_does_not_fit_leaves_nothing(random_folder, tmp_path):
+    with pytest.raises(InputError, match=r'lcm_lora\.safetensors'):
+        convert(random_folder, tmp_path / 'out.safetensors', loras=[(LORAS['lcm'], 1.0)])
+    assert not any(tmp_path.iterdir())

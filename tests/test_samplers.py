@@ -40,6 +40,9 @@ SCHEDULERS = {
     'ddim': functools.partial(
         diffusers.DDIMScheduler, **SD, set_alpha_to_one=False, steps_offset=1, clip_sample=False
     ),
+    'euler': functools.partial(
+        diffusers.EulerDiscreteScheduler, **SD, steps_offset=1, timestep_spacing='leading'
+    ),
     'dpm': functools.partial(
         diffusers.DPMSolverMultistepScheduler,
         **SD,
@@ -76,7 +79,7 @@ def every_kind(z, t):
 
 def by_scan(sampler, times, z, noise):
     """`sample` itself: one program for each number of steps."""
-    solver = samplers.SAMPLERS[sampler].solver(len(times) - 1)
+    solver = samplers.SAMPLERS[sampler].solver(len(times) - 1 < samplers.SHORT)
     run = jax.jit(
         lambda z, times, noise: samplers.sample(
             every_kind, solver, z, times, ABAR, lambda i, shape: noise[i]
@@ -87,7 +90,7 @@ def by_scan(sampler, times, z, noise):
 
 @functools.cache
 def jitted_step(sampler, short):
-    solver = samplers.SAMPLERS[sampler].solver(14 if short else 15)
+    solver = samplers.SAMPLERS[sampler].solver(short)
     return solver.init, jax.jit(
         lambda state, z, t, s, noise: solver.step(
             state, z, every_kind(z, t), t, s, ABAR, lambda: noise
@@ -111,9 +114,10 @@ def theirs(scheduler, z, noise, monkeypatch):
         'diffusers.schedulers.scheduling_lcm.randn_tensor',
         lambda *args, **kwargs: torch.tensor(next(draws)),
     )
-    z = torch.tensor(z)
+    z = torch.tensor(z) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        z = scheduler.step(net(torch, z, float(t)), t, z).prev_sample
+        out = net(torch, scheduler.scale_model_input(z, t), float(t))
+        z = scheduler.step(out, t, z).prev_sample
     return z.numpy()
 
 

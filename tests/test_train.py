@@ -7,7 +7,7 @@ import pytest
 
 from lcm_jax import data, demo, lora, metrics, train
 from lcm_jax.errors import InputError
-from lcm_jax.lora_io import read_lora, write_lora
+from lcm_jax.lora_files.files import read_lora, write_lora
 from lcm_jax.pipeline import Pipeline
 
 RECIPE = {**demo.RECIPE, 'batch': 8, 'warmup': 1, 'log_every': 1, 'rank': 4, 'alpha': 8.0}
@@ -47,9 +47,9 @@ def test_resumed_run_is_bit_equal(teacher, cache, tmp_path):
     )
 
     file = tmp_path / 'lora.safetensors'
-    write_lora(file, whole, alpha=RECIPE['alpha'])
-    back, metadata = read_lora(file, teacher.params['unet'])
-    assert back.keys() == whole.keys()
+    write_lora(file, {'unet': whole}, teacher.params, alpha=RECIPE['alpha'])
+    back, metadata = read_lora(file, teacher.params)
+    assert back['unet'].keys() == whole.keys()
     assert metadata['ss_network_dim'] == '4' and metadata['ss_network_alpha'] == '8.0'
 
 

@@ -3,6 +3,7 @@
     python tools/benchmark.py unet --peer diffusers    # SD 1.5's UNet, 512 px, batch 1, float32
     python tools/benchmark.py vae --peer diffusers     # decoding
     python tools/benchmark.py text --peer diffusers
+    python tools/benchmark.py generate --peer diffusers --size 256    # prompt to picture, four steps
 
 Prints seconds (median and least), their ratio, the largest difference of the outputs relative to the
 largest output, and what the compiler says of our program. CPU seconds count both sides' threads:
@@ -13,6 +14,7 @@ import argparse
 import gc
 import resource
 import statistics
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -26,6 +28,8 @@ from lcm_jax.models.clip import TextEncoder
 from lcm_jax.models.tiny import autoencoder
 from lcm_jax.models.unet import UNet
 from lcm_jax.models.zoo import MODELS
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.text import Tokenizer
 
 TOKENS = 77  # of text context
 
@@ -34,7 +38,7 @@ class Case(NamedTuple):
     """A thing to time: two calls that wait for their result and return it as one NHWC array."""
 
     ours: callable
-    compiled: jax.stages.Compiled
+    compiled: jax.stages.Compiled  # or None, where ours is more than one program
     peer: callable  # or None
 
 
@@ -115,6 +119,56 @@ def text(args):
         lambda _: (clip_text, configs.text_config(spec)),
         lambda net: lambda: net(torch_tensor(ids, net)).last_hidden_state.float().cpu().numpy(),
     )
+
+
+def generate(args):
+    """A prompt -> a picture in four steps: text encoder, UNet, VAE; the same noise for both sides."""
+    import diffusers
+    import torch
+
+    if args.peer != 'diffusers' or args.model not in ('sd15', 'sd21'):
+        raise SystemExit('generate takes --peer diffusers and --model sd15 or sd21')
+    model = MODELS[args.model]
+    side = args.size // model.vae.factor
+    latents = normal(args.batch, side, side, model.vae.latent_channels)
+    prompts = ['a photo of a cat'] * args.batch
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {
+            'unet': (diffusers.UNet2DConditionModel, configs.unet_config(model.unet, side)),
+            'vae': (diffusers.AutoencoderKL, configs.vae_config(model.vae, args.size)),
+            'text_encoder': (clip_text, configs.text_config(model.text[0])),
+        }
+        peer = diffusers.StableDiffusionPipeline(
+            **{name: torch_model(*part, args.dtype)[0] for name, part in parts.items()},
+            tokenizer=Tokenizer.clip().tokenizer,
+            scheduler=diffusers.DDIMScheduler(
+                beta_schedule='scaled_linear',
+                beta_start=0.00085,
+                beta_end=0.012,
+                prediction_type=model.prediction_type,
+                steps_offset=1,
+                set_alpha_to_one=False,
+                clip_sample=False,
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        peer.save_pretrained(folder)
+        ours = Pipeline.load(folder, args.dtype)
+    peer.set_progress_bar_config(disable=True)
+    steps = {'num_inference_steps': 4, 'guidance_scale': 1.0, 'output_type': 'np'}
+    size = (args.size, args.size)
+    start = torch.tensor(latents).movedim(-1, 1).to(peer.device, peer.unet.dtype)
+
+    def draw():
+        pictures = ours(prompts, steps=4, sampler='ddim', guidance=1.0, latents=latents, size=size)
+        return np.stack([np.asarray(p) for p in pictures]) / 255
+
+    def draw_peer():
+        return peer(prompts, latents=start, height=args.size, width=args.size, **steps).images
+
+    return Case(draw, None, draw_peer)
 
 
 def case(args, abstract, apply, inputs, peer_class, peer_call):
@@ -210,6 +264,8 @@ def report(case, repeat):
     if case.peer:
         ratio = [a / b for a, b in zip(rows['lcm_jax'], rows['diffusers'], strict=True)]
         print(f'{"ratio":10}  ' + '  '.join(f'{x:8.2f}' for x in ratio))
+    if not case.compiled:
+        return
     cost, memory = case.compiled.cost_analysis(), case.compiled.memory_analysis()
     print(
         f'our program: {cost["flops"] / 1e9:.0f} GFLOP and {cost["bytes accessed"] / 1e9:.1f} GB moved '
@@ -219,7 +275,7 @@ def report(case, repeat):
     )
 
 
-CASES = {'unet': unet, 'vae': vae, 'text': text}
+CASES = {'unet': unet, 'vae': vae, 'text': text, 'generate': generate}
 
 
 def main():

@@ -47,7 +47,7 @@ class VisionSpec(TowerSpec):
 
 
 class TextOut(NamedTuple):
-    """hidden [B,L,D] after the final norm; penultimate [B,L,D] before the last layer; pooled [B,P]."""
+    """hidden [B,L,D] after the final norm; penultimate [B,L,D], a layer earlier; pooled [B,P]."""
 
     hidden: jax.Array
     penultimate: jax.Array
@@ -77,26 +77,31 @@ class Layer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """ids [B,L] int -> TextOut."""
+    """ids [B,L] int -> TextOut.
+
+    skip: layers left out at the end of `hidden` and `penultimate` (diffusers `clip_skip`); `pooled`
+    is always the last layer's.
+    """
 
     spec: TextSpec
 
     @nn.compact
-    def __call__(self, ids):
+    def __call__(self, ids, skip=0):
         s = self.spec
         x = nn.Embed(s.vocab, s.width, name='text_model.embeddings.token_embedding')(ids)
         x += nn.Embed(s.length, s.width, name='text_model.embeddings.position_embedding')(
             jnp.arange(ids.shape[1])
         )
-        penultimate = x
+        states = [x]
         for i in range(s.layers):
-            penultimate, x = x, Layer(s, True, name=f'text_model.encoder.layers.{i}')(x)
-        x = layer_norm(name='text_model.final_layer_norm')(x)
+            states.append(Layer(s, True, name=f'text_model.encoder.layers.{i}')(states[-1]))
+        norm = layer_norm(name='text_model.final_layer_norm')
+        x = norm(states[-1])
         end = jnp.argmax(ids if s.eos == 2 else ids == s.eos, axis=1)
         pooled = jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]
         if s.projection:
             pooled = nn.Dense(s.projection, use_bias=False, name='text_projection')(pooled)
-        return TextOut(x, penultimate, pooled)
+        return TextOut(norm(states[-1 - skip]), states[-2 - skip], pooled)
 
 
 class ImageEncoder(nn.Module):

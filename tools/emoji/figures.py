@@ -19,7 +19,9 @@ from lcm_jax.train import batched
 
 def reconstruction(pipe, pictures):
     """Mean PSNR over pictures [N,H,W,3] uint8 of decode(encode's mean), dB."""
-    vae = jax.jit(lambda x: VAE(pipe.vae).apply({'params': pipe.params['vae']}, x).clip(-1, 1))
+    vae = jax.jit(
+        lambda x: VAE(pipe.specs['vae']).apply({'params': pipe.params['vae']}, x).clip(-1, 1)
+    )
     x = data.to_float(pictures)
     return float(np.mean(10 * np.log10(4 / np.mean((batched(vae, x) - x) ** 2, (1, 2, 3)))))
 

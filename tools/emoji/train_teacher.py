@@ -20,11 +20,11 @@ from PIL import Image
 
 from lcm_jax import data, loop, weights
 from lcm_jax.checkpoint import open_folder
+from lcm_jax.conditioning import encode_text
 from lcm_jax.diffusion import alpha_sigma, schedule
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.text import Tokenizer
 from lcm_jax.train import encode_captions, encode_pictures
 from lcm_jax.tree import cast, count
 
@@ -120,7 +120,14 @@ def encoded(folder):
     vae, vae_params = parts.spec('vae'), parts.load('vae')
     text, text_params = parts.spec('text_encoder'), parts.load('text_encoder')
     samples, rng = data.emoji('train', STYLES), np.random.default_rng(0)
-    read = partial(encode_captions, text, text_params, Tokenizer(folder / 'tokenizer'))
+    tokenizer = parts.tokenizer()
+
+    def read(captions):
+        def encode(some):
+            return encode_text((text,), (text_params,), (tokenizer(some),))
+
+        return encode_captions(encode, captions)['context']
+
     said = [[s.caption, *(variant(s.caption, rng) for _ in range(VARIANTS - 1))] for s in samples]
     frozen = (
         *encode_pictures(vae, vae_params, np.stack([s.picture for s in samples])),

@@ -1,0 +1,145 @@
+"""The jitted program that draws: pictures in, the sampling loop, pictures out."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from lcm_jax import samplers
+from lcm_jax.conditioning import guidance_embedding
+from lcm_jax.diffusion import alpha_sigma, denoiser, guided
+from lcm_jax.models.tiny import TinySpec, autoencoder
+from lcm_jax.models.unet import UNet, UNetSpec
+from lcm_jax.models.vae import VAESpec
+
+# What is checked to be finite, in the order it is computed.
+PARTS = ('text encoder', 'VAE encoder', 'UNet', 'VAE decoder')
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a program is compiled for, besides shapes and the number of steps."""
+
+    unet: UNetSpec
+    vae: VAESpec | TinySpec
+    prediction_type: str
+    sampler: str
+    short: bool  # fewer than samplers.SHORT steps, strength aside
+    mesh: Mesh | None = None  # each device along its 'data' axis draws its part of the batch
+
+
+@partial(jax.jit, static_argnums=0)
+def draw(plan, params, abar, rows, pictures, times, guidance, pure):
+    """-> pictures [N,H,W,3] uint8, finite [N, len(PARTS)] bool.
+
+    params: of 'unet' and 'vae'. rows, [N, ...] each: 'noise' [N,h,w,C], 'keys', the condition
+    'cond' and, for guidance, the null condition 'null' (see `conditioning`). pictures, [N, ...] or
+    [1, ...] each, say what is drawn:
+
+    - {}: pictures from text alone;
+    - 'image' [.,H,W,3] in -1..1: pictures from it, noised to the first of `times`;
+    - 'image' and 'mask' [.,h,w,1]: inpainting by a UNet that knows nothing of masks. After every
+      step the latents outside the mask are put back, with the noise of that step;
+    - 'mask' and 'masked' [.,H,W,3], the picture without what the mask covers: inpainting by a UNet
+      that takes both as further channels; with 'image', starting from that.
+
+    times [n+1] int32; guidance: scalar; pure: start from noise alone even though 'image' is given.
+    """
+    run = partial(_draw, plan)
+    if plan.mesh is not None:
+        whole, split = PartitionSpec(), PartitionSpec('data')
+        n = len(rows['noise'])
+        placed = jax.tree.map(lambda x: split if len(x) == n else whole, pictures)
+        run = jax.shard_map(
+            run,
+            mesh=plan.mesh,
+            axis_names={'data'},
+            in_specs=(whole, whole, split, placed, whole, whole, whole),
+            out_specs=split,
+            check_vma=False,
+        )
+    return run(params, abar, rows, pictures, times, guidance, pure)
+
+
+def _draw(plan, params, abar, rows, pictures, times, guidance, pure):
+    noise, z, mask = samplers.fresh(rows['keys']), rows['noise'], pictures.get('mask')
+    latents = {  # each from noise of its own, beyond that of the steps
+        name: encode(plan.vae, params['vae'], pictures[name], noise(len(abar) + 1 + i, z.shape))
+        for i, name in enumerate(('image', 'masked'))
+        if name in pictures
+    }
+    start, keep, channels = z, lambda z, s: z, ()
+    if 'image' in latents:
+
+        def noised(t):
+            alpha, sigma = alpha_sigma(abar, t)
+            return alpha * latents['image'] + sigma * z
+
+        start = jnp.where(pure, z, noised(times[0]))
+    if 'masked' in latents:
+        channels = jnp.broadcast_to(mask, (*z.shape[:-1], 1)), latents['masked']
+    elif mask is not None:
+
+        def keep(z, s):
+            return (1 - mask) * noised(s) + mask * z
+
+    model = _model(plan, params['unet'], abar, rows, channels, guidance)
+    solver = samplers.SAMPLERS[plan.sampler].solver(plan.short)
+    end = samplers.sample(model, solver, start, times, abar, noise, keep)
+    x = decode(plan.vae, params['vae'], end)
+    finite = [_finite(part, len(z)) for part in (rows['cond'], latents, end, x)]
+    return to_uint8(x), jnp.stack(finite, 1)
+
+
+def _model(plan, params, abar, rows, channels, guidance):
+    """-> the function (z, t) -> Pred that the solver sees, guided where there is a null condition."""
+    cond, null = rows['cond'], rows.get('null')
+    if plan.unet.w_dim:
+        w = jnp.full(len(rows['noise']), guidance - 1, jnp.float32)
+        cond = cond | {'w': guidance_embedding(w, plan.unet.w_dim)}
+    dtype = cond['context'].dtype
+    if null is not None:
+        both = cond, null
+        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *both)
+        channels = [jnp.concatenate([c, c]) for c in channels]
+
+    def net(z, t):
+        z = jnp.concatenate([z, *channels], -1)
+        return apply_unet(plan.unet, params, z.astype(dtype), t, **cond)
+
+    model = denoiser(net, plan.prediction_type, abar)
+    return model if null is None else guided(model, guidance)
+
+
+def apply_unet(spec, params, z, t, context, **cond):
+    """The UNet with these parameters, at the context's precision -> [B,h,w,C]."""
+    dtype = context.dtype
+    cond = {k: c if k == 'sizes' else c.astype(dtype) for k, c in cond.items()}
+    return UNet(spec).apply({'params': params}, z.astype(dtype), t, context, **cond)
+
+
+def encode(spec, params, pictures, noise):
+    """pictures [.,H,W,3] in -1..1, noise [N,h,w,C] -> scaled latents [N,h,w,C], drawn by it."""
+    pictures = pictures.astype(jax.tree.leaves(params)[0].dtype)
+    mean, logvar = autoencoder(spec).apply({'params': params}, pictures, method='encode')
+    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+    return spec.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
+
+
+def decode(spec, params, z):
+    """Scaled latents [B,h,w,C] -> pictures [B,H,W,3] float32, in -1..1 but for overshoot."""
+    z = (z / spec.scaling_factor).astype(jax.tree.leaves(params)[0].dtype)
+    return autoencoder(spec).apply({'params': params}, z, method='decode').astype(jnp.float32)
+
+
+def to_uint8(x):
+    """Pictures in -1..1 -> uint8, rounded as diffusers does."""
+    return jnp.round(255 * jnp.clip(x / 2 + 0.5, 0, 1)).astype(jnp.uint8)
+
+
+def _finite(tree, n):
+    """Tree of arrays [N, ...] -> [N] bool: all numbers of the row are finite."""
+    rows = [jnp.isfinite(x).reshape(len(x), -1).all(1) for x in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack([jnp.ones(n, bool), *rows]), 0)

@@ -1,0 +1,51 @@
+"""Pictures from outside -> arrays, as diffusers' `VaeImageProcessor` prepares them; and back."""
+
+import numpy as np
+from PIL import Image
+
+from lcm_jax.data import to_float
+from lcm_jax.errors import InputError
+
+
+def as_list(images, n, what):
+    """One PIL image, or a list of `n` -> list of 1 or n; None stays. `what` is named in errors."""
+    if images is None:
+        return None
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise InputError(f'{what} is a {type(image).__name__}; give a PIL image, or a list')
+    if len(images) not in (1, n):
+        raise InputError(f'{len(images)} {what}s for {n} prompts; give one for all, or one each')
+    return images
+
+
+def picture(image, size):
+    """PIL image -> [H,W,3] float32 in -1..1, resized to `size` (height, width) by Lanczos."""
+    return to_float(_resized(image.convert('RGB'), size))
+
+
+def mask(image, size):
+    """PIL image -> [H,W,1] float32: 1 where it is lighter than mid-grey, to be drawn anew; else 0."""
+    grey = np.asarray(_resized(image, size).convert('L'), np.float32) / 255
+    return (grey[..., None] >= 0.5).astype(np.float32)
+
+
+def _resized(image, size):
+    height, width = size
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def masked(picture, mask):
+    """The picture with grey (0) where the mask is 1."""
+    return picture * (mask < 0.5)
+
+
+def shrink(mask, factor):
+    """[...,H,W,1] -> [...,H/factor,W/factor,1]: every factor-th pixel (torch's `nearest`)."""
+    return mask[..., ::factor, ::factor, :]
+
+
+def pictures(arrays):
+    """[N,H,W,3] uint8 -> list of PIL images."""
+    return [Image.fromarray(a) for a in np.asarray(arrays)]

@@ -1,0 +1,122 @@
+"""What is in a LoRA file, told from its keys and tensors alone, without the model."""
+
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+
+from lcm_jax import weights
+from lcm_jax.errors import InputError
+from lcm_jax.lora_files import algebra, dialects, methods, peft_config
+from lcm_jax.lora_files.family import family
+
+# A module's name in any dialect -> its block.
+BLOCK = re.compile(
+    r'(?:down|up|input|output)_blocks[._]\d+|mid_block|middle_block|[a-z_]*layers[._]\d+'
+)
+ROLE_RANK = 'down', 'hada_w1_b', 'lokr_w2_b', 'lokr_w1_b'  # the first that is there has the rank
+
+
+def inspect_lora(file):
+    """A LoRA file -> text: dialects, base model, method, rank, alpha, modules, norms, metadata.
+
+    The norm of a block is that of all its updates together (Frobenius), alpha / r included. Raises
+    InputError if no dialect explains any key.
+    """
+    tensors, metadata = weights.read_tensors(file)
+    found, strange = survey(tensors)
+    if not found:
+        raise InputError(
+            f'{file}: {len(tensors)} tensors are no LoRA factors in a known dialect '
+            f'({", ".join(dialects.DIALECTS)}); the first keys are {", ".join([*tensors][:3])}'
+        )
+    config = peft_config.load(metadata, file)
+    said = {name: peft_config.options(config, name, file) for name in dialects.COMPONENTS}
+    arrays = {
+        spot: {role: tensors[key] for role, (_, key) in roles.items()}
+        for spot, roles in found.items()
+    }
+    alphas = [float(a['alpha']) for a in arrays.values() if 'alpha' in a and a['alpha'].size == 1]
+    factors = [x for a in arrays.values() for role, x in a.items() if role != 'alpha']
+    counts = Counter(component for component, _ in found)
+    rows = {
+        'file': file,
+        'dialect': ', '.join(Counter(p.dialect for r in found.values() for p, _ in r.values())),
+        'base': family(tensors),
+        'method': ', '.join(sorted({methods.name(a.keys() - {'alpha'}) for a in arrays.values()})),
+        'modules': ', '.join(f'{counts[c]} {c}' for c in dialects.COMPONENTS if c in counts),
+        'rank': _listed(rank for rank in map(_rank, arrays.values()) if rank),
+        'alpha': _listed(alphas)
+        or _listed(o['lora_alpha'] for o in said.values() if o.get('lora_alpha'))
+        or 'not in the file; taken as the rank',
+        'parameters': f'{sum(x.size for x in factors):,}',
+        'dtype': ', '.join(sorted({str(x.dtype) for x in factors})),
+        'unexplained': f'{len(strange)} tensors: {", ".join(strange[:3])}' if strange else '',
+        'metadata': f'{len(metadata)} entries',
+    }
+    broken = [
+        next(iter(found[spot].values()))[0].stem
+        for spot, tensors in arrays.items()
+        if methods.lacking(tensors.keys() - {'alpha'}) != set()
+    ]
+    rows['incomplete'] = f'{len(broken)}: {", ".join(broken[:3])}' if broken else ''
+    lines = [f'{key:<12}{value}' for key, value in rows.items() if value]
+    lines += [f'  {key}: {value}' for key, value in sorted(metadata.items())]
+    norms = block_norms(arrays, said)
+    lines += ['norm of the update'] + [f'  {block:<28}{n:10.4g}' for block, n in norms.items()]
+    return '\n'.join(lines)
+
+
+def survey(tensors):
+    """{key: array} -> {(component, name): {role: (Part, key)}}, keys that no dialect explains.
+
+    Keys that several dialects explain are given to the one that explains most.
+    """
+    left = {key: list(dialects.parts(key)) for key in tensors}
+    strange = sorted(key for key, parts in left.items() if not parts)
+    found = defaultdict(dict)
+    while left := {key: parts for key, parts in left.items() if parts}:
+        votes = Counter(
+            dialect for parts in left.values() for dialect in {p.dialect for p in parts}
+        )
+        best = max(votes, key=votes.get)
+        for key, parts in left.items():
+            part = next((p for p in parts if p.dialect == best), None)
+            if part:
+                found[part.component, part.name][part.role] = part, key
+                left[key] = []
+    return dict(found), strange
+
+
+def block_norms(arrays, options):
+    """{(component, name): {role: array}} and peft options -> {'component block': norm}, in order.
+
+    Modules that are incomplete have no update and are left out.
+    """
+    squares = Counter()
+    for (component, name), tensors in arrays.items():
+        tensors = {role: np.asarray(x, np.float32) for role, x in tensors.items()}
+        alpha = tensors.pop('alpha', None)
+        if methods.lacking(tensors.keys()) == set():
+            up, down, rank = methods.factors(tensors, methods.implied_shape(tensors))
+            alpha = None if alpha is None else float(alpha.item())
+            scale = peft_config.scale(alpha, rank, options[component], name)
+            block = BLOCK.search(name)
+            block = block[0].replace('layers_', 'layers.') if block else name
+            update = algebra.norm({'down': down.T, 'up': up.T})
+            squares[f'{component} {block}'] += (scale * update) ** 2
+    order = sorted(
+        squares, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', name)]
+    )
+    return {name: squares[name] ** 0.5 for name in order}
+
+
+def _rank(tensors):
+    return next((len(tensors[role]) for role in ROLE_RANK if role in tensors), None)
+
+
+def _listed(numbers):
+    """Numbers -> their distinct values as text, such as '16' or '4, 8, 12, ... (9 values)'."""
+    values = sorted(set(numbers))
+    text = ', '.join(f'{v:g}' for v in values[:3])
+    return text if len(values) <= 3 else f'{text}, ... ({len(values)} values)'

@@ -1,0 +1,74 @@
+"""What a user asks of a pipeline, checked and completed: sampler, guidance, strength, pictures."""
+
+import warnings
+
+import numpy as np
+
+from lcm_jax import images
+from lcm_jax.errors import InputError
+from lcm_jax.families import takes_mask
+
+
+def manner(sampler, guidance, negative, *, lora, embedded, default):
+    """-> sampler, guidance, whether a null condition takes part; with their defaults.
+
+    lora: an acceleration LoRA takes part; embedded: the UNet takes guidance as an input; default:
+    the model's guidance. Warns of settings that spoil pictures or have no effect.
+    """
+    sampler = sampler or ('lcm' if lora or embedded else 'ddim')
+    if guidance is None:
+        guidance = 1 if lora and not embedded else default
+    if lora and not embedded and guidance > 2:
+        warnings.warn(
+            f'guidance {guidance:g} with an acceleration LoRA burns pictures; use 1 to 2',
+            stacklevel=3,
+        )
+    guided = guidance > 1 and not embedded
+    if negative and not guided:
+        why = (
+            'with this model, which takes guidance as an input'
+            if embedded
+            else f'at guidance {guidance:g}; it acts above 1'
+        )
+        warnings.warn(f'the negative prompt has no effect {why}', stacklevel=3)
+    return sampler, float(guidance), guided
+
+
+def start(image, mask, strength, timesteps, needs_mask):
+    """-> strength with its default, and whether to start from noise alone.
+
+    Raises InputError if something acts on what is not given.
+    """
+    if needs_mask and mask is None:
+        raise InputError('this UNet is made for inpainting: give an image and a mask')
+    if mask is not None and image is None:
+        raise InputError('a mask without an image; give both to inpaint')
+    if strength is not None and image is None:
+        raise InputError(f'strength = {strength} without an image')
+    if strength is not None and timesteps is not None:
+        raise InputError(f'strength = {strength} beside timesteps; leave one of them out')
+    if strength is None:
+        strength = 0.8 if image is not None and mask is None and timesteps is None else 1.0
+    return strength, mask is not None and strength == 1 and timesteps is None
+
+
+def picture_size(image, factor):
+    """The first image's (height, width) px, rounded down to multiples of `factor`."""
+    width, height = image[0].size
+    return height - height % factor, width - width % factor
+
+
+def pictures(image, mask, size, unet, vae, pure):
+    """Lists of PIL images, or None -> what `draw.draw` takes as pictures of `size`, in numpy."""
+    if image is None:
+        return {}
+    picture = np.stack([images.picture(x, size) for x in image])
+    if mask is None:
+        return {'image': picture}
+    mask = np.stack([images.mask(x, size) for x in mask])
+    out = {'mask': images.shrink(mask, vae.factor)}
+    if takes_mask(unet, vae):
+        out['masked'] = images.masked(picture, mask)
+    if not (takes_mask(unet, vae) and pure):
+        out['image'] = picture
+    return out

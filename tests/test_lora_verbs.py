@@ -1,0 +1,242 @@
+"""LoRA files to LoRA files: convert, inspect, check, merge, extract."""
+
+import shutil
+
+import jax
+import lora_dialects
+import numpy as np
+import pytest
+from conftest import random_lora, write_random_lora
+from test_lora import relative
+
+from lcm_jax import lora, weights
+from lcm_jax.checkpoint import open_model
+from lcm_jax.errors import InputError
+from lcm_jax.lora_files import algebra, describe, verbs
+from lcm_jax.lora_files.files import read_lora, write_lora
+from lcm_jax.pipeline import Pipeline
+from lcm_jax.tree import named
+
+WEIGHTS = {
+    'unet': 'unet/diffusion_pytorch_model.safetensors',
+    'text_encoder': 'text_encoder/model.safetensors',
+}
+
+
+@pytest.fixture(scope='module')
+def models(random_folder):
+    return verbs.models_of(random_folder)
+
+
+def foreign(models, dialect, file, rank=3, seed=0):
+    """A LoRA file of another program for all components."""
+    tensors = lora_dialects.DIALECTS[dialect](lora_dialects.peft(models, rank=rank, seed=seed))
+    weights.write_tensors(file, tensors)
+    return file
+
+
+def deltas(file, models):
+    adapters, _ = read_lora(file, models)
+    return {(c, p): lora.delta(ab) for c, adapter in adapters.items() for p, ab in adapter.items()}
+
+
+@pytest.mark.parametrize('dtype', [np.float16, np.float32])
+def test_convert_there_and_back(random_folder, models, tmp_path, dtype):
+    options = {'alpha': 2.0, 'dtype': dtype, 'metadata': {'lcm_jax.accelerates': 'true'}}
+    kohya = write_random_lora(models['unet'], tmp_path / 'kohya.safetensors', **options)
+    names = 'peft', 'kohya-sgm', 'kohya'
+    for before, after in zip(('kohya', *names), names, strict=False):
+        files = (tmp_path / f'{name}.safetensors' for name in (before, after))
+        said = verbs.convert_lora(*files, random_folder, after)
+        assert said.endswith('79 modules of unet'), said
+    first, _ = read_lora(kohya, models)
+    for name in names:
+        back, metadata = read_lora(tmp_path / f'{name}.safetensors', models)
+        assert metadata['lcm_jax.accelerates'] == 'true'
+        jax.tree.map(np.testing.assert_array_equal, back, first)
+    assert 'alpha       2' in describe.inspect_lora(tmp_path / 'peft.safetensors')
+
+
+@pytest.mark.parametrize('dialect', lora_dialects.DIALECTS)
+def test_convert_from_every_dialect(random_folder, models, tmp_path, dialect):
+    file = foreign(models, dialect, tmp_path / 'theirs.safetensors')
+    verbs.convert_lora(file, tmp_path / 'ours.safetensors', random_folder)
+    want, got = (deltas(tmp_path / f'{name}.safetensors', models) for name in ('theirs', 'ours'))
+    assert got.keys() == want.keys() and relative(got, want) < 1e-6
+
+
+@pytest.mark.parametrize('dialect', [d for d in lora_dialects.DIALECTS if d != 'mixed'])
+def test_inspect_without_the_model(models, tmp_path, dialect):
+    file = foreign(models, dialect, tmp_path / 'f.safetensors')
+    lines = describe.inspect_lora(file).splitlines()
+    kohya = dialect.startswith('kohya')
+    # Old files have no name of their own but for attention.
+    said = 'diffusers, diffusers-old' if dialect == 'diffusers-old' else dialect
+    assert {f'dialect     {said}', 'modules     79 unet, 12 text_encoder'} <= {*lines}
+    assert {'method      LoRA', 'rank        3', 'dtype       float32'} <= {*lines}
+    assert f'alpha       {"3" if kohya else "not in the file; taken as the rank"}' in lines
+    norms = {
+        line[:-10].strip(): float(line[-10:])
+        for line in lines[lines.index('norm of the update') + 1 :]
+    }
+    want = deltas(file, models)
+    total = np.sqrt(sum(np.linalg.norm(x) ** 2 for x in want.values()))
+    assert np.isclose(np.linalg.norm([*norms.values()]), total, rtol=1e-3)
+    layer = [x for (_, path), x in want.items() if 'layers.1' in path]
+    name = next(name for name in norms if name.endswith('layers.1'))
+    assert np.isclose(norms[name], np.sqrt(sum(np.linalg.norm(x) ** 2 for x in layer)), rtol=1e-3)
+
+
+def test_check(random_folder, models, tmp_path):
+    file = foreign(models, 'kohya', tmp_path / 'f')
+    assert verbs.check_lora(file, random_folder, 'comfyui') == (
+        f'comfyui loads 91 of 91 modules of {file}',
+        0,
+    )
+    text, dropped = verbs.check_lora(
+        foreign(models, 'peft', tmp_path / 'g'), random_folder, 'a1111'
+    )
+    assert (
+        dropped == 91
+        and f'a1111 loads 0 of 91 modules of {tmp_path}/g; it drops text_encoder ' in text
+    )
+    with pytest.raises(InputError, match=r"unknown program 'comfy' .*'comfyui'"):
+        verbs.check_lora(file, random_folder, 'comfy')
+
+
+def test_merge_is_the_exact_sum(random_folder, models, tmp_path):
+    files = [
+        foreign(models, d, tmp_path / d, rank, seed=rank)
+        for d, rank in (('kohya', 3), ('diffusers-old', 2), ('peft', 1))
+    ]
+    terms = list(zip(files, (1.0, 0.8, -0.5), strict=True))
+    out = tmp_path / 'sum.safetensors'
+    said = verbs.merge_loras(terms, out, random_folder)
+    assert said.endswith('79 modules of unet, 12 modules of text_encoder, rank 6'), said
+    parts = [deltas(file, models) for file in files]
+    want = {
+        k: sum(s * part[k] for part, (_, s) in zip(parts, terms, strict=True)) for k in parts[0]
+    }
+    got = deltas(out, models)
+    assert got.keys() == want.keys() and relative(got, want) < 1e-3  # the file is float16
+    # Down to rank 2: the error is that of the SVD of every full update.
+    said = verbs.merge_loras(terms, out, random_folder, rank=2)
+    left = [np.linalg.svd(matrix(x), compute_uv=False)[2:] for x in want.values()]
+    least = np.linalg.norm(np.concatenate(left)) / np.linalg.norm(
+        [np.linalg.norm(x) for x in want.values()]
+    )
+    assert said.endswith(f'rank 2, relative error {least:.2e}')
+    assert abs(relative(deltas(out, models), want) - least) < 1e-3
+
+
+def matrix(delta):
+    return np.reshape(delta, (-1, delta.shape[-1]))
+
+
+@pytest.fixture
+def tuned(random_folder, tmp_path):
+    """tuned(rank): the random folder plus updates of that rank in all kernels, and one bias."""
+
+    def make(rank):
+        folder = shutil.copytree(random_folder, tmp_path / 'tuned')
+        rng = np.random.default_rng(0)
+        for file in WEIGHTS.values():
+            tensors, metadata = weights.read_tensors(folder / file)
+            for key, x in tensors.items():
+                if x.ndim > 1 and 'embedding' not in key:
+                    a, b = rng.normal(size=(x.shape[0], rank)), rng.normal(size=(rank, x[0].size))
+                    tensors[key] = x + np.float32(0.01 * a @ b).reshape(x.shape)
+            tensors[next(k for k in tensors if k.endswith('bias'))] += 1e-3
+            weights.write_tensors(folder / file, tensors, metadata)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize('rank', [2, 1])
+def test_extract(random_folder, models, tuned, tmp_path, rank):
+    folder, out = tuned(2), tmp_path / 'x.safetensors'
+    said = verbs.extract_lora(random_folder, folder, out, rank)
+    assert f'rank {rank}, relative error' in said and '; 2 other tensors differ (biases' in said
+    want = {}
+    for part in models:
+        before, after = (dict(named(open_model(f).load(part))) for f in (random_folder, folder))
+        want |= {
+            (part, p): np.asarray(after[p] - before[p]) for p in before if p.endswith('kernel')
+        }
+    got = deltas(out, models)
+    moved = {k: x for k, x in want.items() if np.abs(x).max() > 0}
+    assert got.keys() == moved.keys()
+    left = [np.linalg.svd(matrix(x), compute_uv=False)[rank:] for x in moved.values()]
+    whole = np.linalg.norm([np.linalg.norm(x) for x in moved.values()])
+    least = np.linalg.norm(np.concatenate(left)) / whole
+    assert abs(relative(got, moved) - least) < 1e-3
+    assert abs(float(said.split('relative error ')[1].split(';')[0]) - least) < 1e-3 * max(
+        least, 0.01
+    )
+
+
+def test_the_randomized_svd_is_near_the_best():
+    rng = np.random.default_rng(0)
+    for shape in ((3, 3, 30, 200), (400, 150)):
+        rows = int(np.prod(shape[:-1]))
+        q, p = (np.linalg.qr(rng.normal(size=(n, 150)))[0] for n in (rows, shape[-1]))
+        delta = np.float32((q * np.linspace(1, 0.2, 150)) @ p.T).reshape(shape)  # a flat spectrum
+        pair, error = algebra.factored(delta, 8)
+        least = np.linalg.norm(np.linalg.svd(matrix(delta), compute_uv=False)[8:])
+        assert pair['down'].shape[-1] == 8 and least < error < 1.02 * least
+        assert np.isclose(np.linalg.norm(matrix(lora.delta(pair) - delta)), error, rtol=1e-4)
+
+
+def test_text_encoders_of_a_pipeline_are_adapted(random_folder, models, tmp_path):
+    file = foreign(models, 'kohya', tmp_path / 'f.safetensors')
+    pipe = Pipeline.load(random_folder)
+    plain = np.asarray(pipe.encode_text(['a cat']))
+    pipe.add_lora(file, scale=0.5)
+    adapters, _ = read_lora(file, models)
+    for part in models:
+        want = lora.merge(pipe.params[part], adapters[part], 0.5)
+        assert relative(pipe.merged[part], want) < 1e-6
+    styled = np.asarray(pipe.encode_text(['a cat']))
+    assert relative(styled, plain) > 0.01
+    pipe.set_scale('f', 0.0)
+    assert (np.asarray(pipe.encode_text(['a cat'])) == plain).all()
+
+
+def test_refusals(lora_file, random_folder, models, tmp_path):
+    out, bad = tmp_path / 'out.safetensors', random_folder / WEIGHTS['unet']
+    same = shutil.copytree(random_folder, tmp_path / 'same')
+    for call, said in (
+        (lambda: describe.inspect_lora(tmp_path / 'nope.safetensors'), 'no such file'),
+        (lambda: describe.inspect_lora(bad), r'no LoRA factors in a known dialect \(kohya, '),
+        (lambda: verbs.convert_lora(lora_file, tmp_path / 'out.bin'), 'must end in .safetensors'),
+        (
+            lambda: verbs.convert_lora(lora_file, out, random_folder, 'khoya'),
+            "unknown LoRA dialect to write 'khoya' .*'kohya'",
+        ),
+        (lambda: verbs.convert_lora(lora_file, out, tmp_path), 'neither a shipped model'),
+        (lambda: verbs.convert_lora(bad, out, random_folder), 'belong to no module'),
+        (lambda: verbs.merge_loras([(lora_file, 1.0)], out, random_folder, 0), 'rank = 0'),
+        (lambda: verbs.merge_loras([(lora_file, 0.0)], out, random_folder, 1), 'update is zero'),
+        (lambda: verbs.extract_lora(random_folder, same, out, 4), 'differ in no layer'),
+        (
+            lambda: verbs.extract_lora(random_folder, 'emoji', out, 4),
+            'not models of the same sizes',
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+    assert [p.name for p in tmp_path.iterdir()] == ['same']
+
+
+def test_an_incomplete_file_can_be_inspected(models, tmp_path):
+    adapter = random_lora(models['unet'])
+    write_lora(tmp_path / 'f', {'unet': adapter}, models, alpha=4)
+    tensors, _ = weights.read_tensors(tmp_path / 'f')
+    key = next(k for k in tensors if k.endswith('up.weight'))
+    tensors.pop(key)
+    weights.write_tensors(tmp_path / 'g', tensors | {'strange': np.ones(3, np.float32)})
+    said = describe.inspect_lora(tmp_path / 'g')
+    assert (
+        'unexplained 1 tensors: strange' in said and f'incomplete  1: {key.split(".")[0]}' in said
+    )
