@@ -5,11 +5,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax import samplers
 from lcm_jax.conditioning import guidance_embedding
 from lcm_jax.diffusion import alpha_sigma, denoiser, guided
+from lcm_jax.errors import InputError
 from lcm_jax.models.tiny import TinySpec, autoencoder
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.vae import VAESpec
@@ -61,6 +63,36 @@ def draw(plan, params, abar, rows, pictures, times, guidance, pure):
             check_vma=False,
         )
     return run(params, abar, rows, pictures, times, guidance, pure)
+
+
+def on_mesh(mesh, rows, pictures):
+    """`draw`'s rows and pictures laid out on the mesh in equal parts: repeated until they are."""
+    if mesh is None:
+        return rows, pictures
+    n = len(rows['noise'])
+    each = np.arange(n + -n % mesh.shape['data']) % n
+    pictures = {k: x if len(x) == 1 else x[each] for k, x in pictures.items()}
+    rows = jax.tree.map(lambda x: x[each], rows)
+    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec('data'))), pictures
+
+
+def check_finite(finite, params):
+    """finite as `draw` gives it. InputError that names the first part that failed, and its dtype."""
+    finite = np.asarray(finite)
+    if finite.all():
+        return
+    part = PARTS[int(np.argmin(finite.all(0)))]
+    name, option = ('vae', 'vae_dtype') if 'VAE' in part else ('unet', 'dtype')
+    dtype = jax.tree.leaves(params[name])[0].dtype
+    advice = (
+        'look for broken weights, and for LoRA scales or guidance that are too high'
+        if dtype == jnp.float32
+        else f'load the model with {option} float32'
+    )
+    raise InputError(
+        f'{(~finite.all(1)).sum()} of {len(finite)} pictures are not finite: the {part} gave NaN '
+        f'or infinity in {dtype}; {advice}'
+    )
 
 
 def _draw(plan, params, abar, rows, pictures, times, guidance, pure):

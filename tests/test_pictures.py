@@ -21,9 +21,9 @@ from lcm_jax import lora, samplers
 from lcm_jax import pipeline as module
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels
-from lcm_jax.lora_io import write_lora
+from lcm_jax.lora_files.files import write_lora
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.tree import map_named
+from lcm_jax.tree import map_named, named
 
 PROMPTS = ['red heart, noto emoji', 'grinning cat, twemoji']
 SCHEDULERS = {
@@ -248,7 +248,8 @@ def write_two_loras(ours, folder):
             ).items()
         }
         files[name] = folder / f'{name}.safetensors'
-        write_lora(files[name], made[name], alpha=2.0, dtype=np.float32)
+        options = {'alpha': 2.0, 'dtype': np.float32}
+        write_lora(files[name], {'unet': made[name]}, ours.params, **options)
     return made, files
 
 
@@ -314,13 +315,12 @@ def test_adapters_reach_the_text_encoders(both):
         }
         for part in paths
     }
-    other = dataclasses.replace(ours, adapters={'a': module.Adapter(made, 1.0, False)})
-    other._remerge()
+    other = ours.with_lora(made)
     for part in paths:
+        before_part, after_part = (dict(named(p[part])) for p in (ours.params, other.merged))
         for path, ab in made[part].items():
-            baked = dict(module.adapters.merge({part: ours.params[part]}, []))[part]
-            got, want = (dict(lora.named(t))[path] for t in (other.merged[part], baked))
-            np.testing.assert_allclose(got, want + lora.delta(ab), rtol=1e-6, atol=1e-6)
+            want = before_part[path] + lora.delta(ab)
+            np.testing.assert_allclose(after_part[path], want, rtol=1e-6, atol=1e-6)
     after = other.encode_text(PROMPTS)
     assert all(np.abs(after[k] - before[k]).max() > 1e-2 for k in before)
     assert other.merged['unet'] is ours.params['unet']
