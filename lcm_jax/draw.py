@@ -129,17 +129,15 @@ def _model(plan, params, abar, rows, channels, guidance):
     """-> the function (z, t) -> Pred that the solver sees, guided where there is a null condition."""
     cond, null = rows['cond'], rows.get('null')
     if plan.unet.w_dim:
-        w = jnp.full(len(rows['noise']), guidance - 1, jnp.float32)
+        w = jnp.full(len(rows['noise']), guidance - 1.0)
         cond = cond | {'w': guidance_embedding(w, plan.unet.w_dim)}
-    dtype = cond['context'].dtype
     if null is not None:
-        both = cond, null
-        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *both)
+        cond = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
         channels = [jnp.concatenate([c, c]) for c in channels]
 
     def net(z, t):
         z = jnp.concatenate([z, *channels], -1)
-        return apply_unet(plan.unet, params, z.astype(dtype), t, **cond)
+        return apply_unet(plan.unet, params, z, t, **cond)
 
     model = denoiser(net, plan.prediction_type, abar)
     return model if null is None else guided(model, guidance)

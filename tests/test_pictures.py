@@ -17,7 +17,7 @@ from conftest import randomise
 from PIL import Image
 
 import lcm_jax
-from lcm_jax import lora, samplers
+from lcm_jax import data, lora, samplers, train
 from lcm_jax import pipeline as module
 from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
@@ -129,6 +129,13 @@ def draw_theirs(
     arguments = {'num_inference_steps': steps, 'guidance_scale': options['guidance']}
     if options.get('negative') is not None:
         arguments['negative_prompt'] = [options['negative']] * len(PROMPTS)
+    for mine, other in (
+        ('original_size', 'original_size'),
+        ('crop', 'crops_coords_top_left'),
+        ('target_size', 'target_size'),
+    ):
+        if mine in options:
+            arguments[other] = options[mine]
     if strength is not None:
         arguments['strength'] = strength
         if sampler == 'lcm' and 'LatentConsistency' not in type(theirs).__name__:
@@ -148,6 +155,7 @@ def draw_theirs(
     return theirs(list(PROMPTS), **arguments).images
 
 
+SIZES = {'original_size': (24, 56), 'crop': (2, 4), 'target_size': (40, 16)}
 IMAGE = {'image': picture(0), 'strength': 0.7}
 MASK = {'image': picture(0), 'mask': blob(), 'size': (16, 16)}
 
@@ -177,6 +185,7 @@ MASK = {'image': picture(0), 'mask': blob(), 'size': (16, 16)}
         ('lcm', 'image', 'lcm', {'guidance': 3.0, **IMAGE}),
         ('sdxl', 'text', 'euler', {'guidance': 7.5}),
         ('sdxl', 'text', 'euler', {'guidance': 7.5, 'negative': 'sad face'}),
+        ('sdxl', 'text', 'euler', {'guidance': 7.5, **SIZES}),
         ('sdxl', 'text', 'lcm', {'guidance': 1.0}),
         ('sdxl', 'image', 'ddim', {'guidance': 7.5, **IMAGE}),
         ('sdxl', 'inpaint', 'dpm++', {'guidance': 1.0, **MASK, 'strength': 0.7}),
@@ -325,6 +334,24 @@ def test_adapters_reach_the_text_encoders(both):
     after = other.encode_text(PROMPTS)
     assert all(np.abs(after[k] - before[k]).max() > 1e-2 for k in before)
     assert other.merged['unet'] is ours.params['unet']
+
+
+def test_training_is_told_what_drawing_is(both):
+    """The conditions of SDXL in a training set; the loss takes them."""
+    ours, _ = both('sdxl')
+    samples = [data.Sample(p, np.asarray(picture(i, 16, 16)), p) for i, p in enumerate(PROMPTS)]
+    cache = train.encode(ours, samples)
+    want = ours.encode_text(PROMPTS)
+    for name in ('context', 'pooled'):
+        np.testing.assert_allclose(cache.cond[name], want[name], atol=1e-5)
+        assert not cache.null[name].any() and cache.null[name].shape[1:] == want[name].shape[1:]
+    assert cache.cond['sizes'].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    options = {'target': 'student', 'solver_steps': 50, 'w_range': (3, 15)}
+    loss = train.make_loss(ours, scale=1.0, distance='huber', huber_c=1e-3, **options)
+    base = ours.params['unet']
+    start, rows = lora.init(jax.random.key(0), base, 2), np.arange(2)
+    out = jax.eval_shape(loss, start, start, (base, cache), rows, jax.random.key(0))
+    assert out[0].shape == ()
 
 
 def test_strength_of_an_lcm_compiles_nothing_anew(both, monkeypatch):
