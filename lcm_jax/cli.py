@@ -95,7 +95,8 @@ def save(picture, file):
 def convert(args):
     from lcm_jax.convert import convert
 
-    print(convert(args.source, args.out, args.to, args.dtype))
+    loras = [lora_cli.term(text) for text in args.lora]
+    print(convert(args.source, args.out, args.to, args.dtype, loras))
 
 
 def parser():
@@ -143,6 +144,13 @@ def parser():
     )
     p.add_argument(
         '--dtype', default='keep', help='keep (the default), float32, bfloat16 or float16'
+    )
+    p.add_argument(
+        '--lora',
+        action='append',
+        default=[],
+        metavar='FILE:SCALE',
+        help='a LoRA to merge into the weights; repeatable; without :SCALE it is 1',
     )
 
     lora_cli.add(verbs, verb)

@@ -6,27 +6,31 @@ import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
-from lcm_jax import orbax_io, single, weights
+from lcm_jax import lora, orbax_io, single, weights
 from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_model
 from lcm_jax.errors import InputError, choose
+from lcm_jax.lora_files.dialects import COMPONENTS as LORA_COMPONENTS
+from lcm_jax.lora_files.files import read_lora
+from lcm_jax.tree import named
 
 DTYPES = {'keep': None, 'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
 
-def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None):
+def convert(source, out, to=None, dtype='keep', loras=(), prediction_type=None):
     """Write the model `source`, in any form that `open_model` opens, as `out` in the form `to`.
 
     to: a key of FORMS; by default 'original' for an `out` that ends in .safetensors, else 'orbax'
     for a diffusers folder and 'diffusers' for anything else. dtype is a key of DTYPES; 'keep' keeps
-    every value to the last bit. edit: a function (component, {diffusers key: Tensor}) -> the same
-    with other values, such as merged LoRAs. An orbax checkpoint is a diffusers folder with each
-    component's Flax parameters, COMPONENT/params, in place of its weights.
+    every value to the last bit. loras: (LoRA file, scale) pairs whose updates are added. An orbax
+    checkpoint is a diffusers folder with each component's Flax parameters, COMPONENT/params, in
+    place of its weights.
 
     Tensors pass one by one. Returns a sentence that says what was done. Raises InputError, and
-    leaves nothing behind, if `out` exists, if a component does not fit its config exactly, or if a
-    tensor is not finite.
+    leaves nothing behind, if `out` exists, if a component does not fit its config exactly, if a
+    LoRA does not fit the model as a whole, or if a tensor is not finite.
     """
     source, out, dtype = str(source), Path(out), choose('dtype', dtype, DTYPES)
     folder = Path(source) if Path(source).is_dir() else None
@@ -40,9 +44,10 @@ def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None)
             f'{out}: a name ends in .safetensors if, and only if, the form is original'
         )
     parts = single.places(ckpt.configs) if to == 'original' else ckpt.configs
-    found = {part: ckpt.tensors(part) for part in parts}
-    if edit:
-        found = {part: edit(part, tensors) for part, tensors in found.items()}
+    found = {
+        part: {key: _cast(x, dtype) for key, x in ckpt.tensors(part).items()} for part in parts
+    }
+    found = baked(ckpt, found, loras) if loras else found
     total = sum(x.nbytes for tensors in found.values() for x in tensors.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -55,7 +60,7 @@ def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None)
             return x
 
         for part, tensors in found.items():
-            found[part] = {k: _cast(x.map(seen), dtype) for k, x in tensors.items()}
+            found[part] = {key: x.map(seen) for key, x in tensors.items()}
         new = Path(staging) / out.name
         write(ckpt, found, new)
         new.rename(out)
@@ -69,6 +74,32 @@ def convert(source, out, to=None, dtype='keep', edit=None, prediction_type=None)
 
 def _cast(x, dtype):
     return x.astype(dtype) if dtype and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def baked(ckpt, found, loras):
+    """{component: {key: Tensor}} of a model, [(LoRA file, scale)] -> the same with the LoRAs added.
+
+    The sum is taken in float32 when a tensor is read. Raises InputError if a file does not fit.
+    """
+    models = {part: ckpt.shapes(part) for part in LORA_COMPONENTS if part in found}
+    adapters = [(read_lora(file, models)[0], float(scale)) for file, scale in loras]
+
+    def added(part, path, ndim, x):
+        key, perm = weights.theirs(path, ndim)
+        updates = [(a[part][path], scale) for a, scale in adapters if path in a.get(part, {})]
+        if not updates:
+            return key, x[key]
+
+        def add(w):
+            total = sum(scale * np.asarray(lora.delta(ab)) for ab, scale in updates)
+            return (w.astype(np.float32) + total.transpose(perm)).astype(w.dtype)
+
+        return key, x[key].map(add)
+
+    return found | {
+        part: dict(added(part, path, w.ndim, found[part]) for path, w in named(params))
+        for part, params in models.items()
+    }
 
 
 def default_form(ckpt, out):

@@ -1,4 +1,4 @@
-"""Parameter trees as orbax checkpoints, written and read one array at a time."""
+"""Parameter trees as orbax checkpoints, written and read a few arrays at a time."""
 
 from pathlib import Path
 
@@ -11,20 +11,27 @@ from orbax.checkpoint import type_handlers
 from lcm_jax.errors import InputError
 from lcm_jax.tensors import Tensor, finite
 
+BATCH = 2**27  # bytes read and written together: every write waits for the disk
 
-class _OneByOne(type_handlers.NumpyHandler):
+
+class _Streaming(type_handlers.NumpyHandler):
     """orbax's handler of numpy arrays, for Tensors: each is read when its turn to be written comes."""
 
     async def _background_serialize(self, values, infos, args=None):
-        for value, info, arg in zip(values, infos, args, strict=True):
-            array = np.asarray(value, order='C')
-            await super()._background_serialize([array], [info], [arg])
+        rows = []
+        for value, *row in zip(values, infos, args, strict=True):
+            rows.append((np.asarray(value, order='C'), *row))
+            if sum(array.nbytes for array, *_ in rows) > BATCH:
+                await super()._background_serialize(*zip(*rows, strict=True))
+                rows = []
+        if rows:
+            await super()._background_serialize(*zip(*rows, strict=True))
 
 
 def write_tree(folder, tree):
     """Write a tree of Tensors as an orbax checkpoint that `StandardCheckpointer` restores."""
     registry = type_handlers.create_type_handler_registry(
-        (Tensor, _OneByOne(deepcopy_host_arrays=False)),
+        (Tensor, _Streaming(deepcopy_host_arrays=False)),
         (jax.Array, type_handlers.ArrayHandler()),  # orbax warns without it
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)

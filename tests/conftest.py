@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from random_model import write_model
 
 from lcm_jax import lora
 from lcm_jax.checkpoint import open_model
@@ -98,9 +99,7 @@ def random_folder(tmp_path_factory):
 def tiny_folder(tmp_path_factory):
     """tiny_folder(name) -> the diffusers folder of a row of tiny.MODELS, and its tensors by component."""
     root = tmp_path_factory.mktemp('tiny')
-    return functools.cache(
-        lambda name: (root / name, tiny.write_model(root / name, tiny.MODELS[name]))
-    )
+    return functools.cache(lambda name: (root / name, write_model(root / name, tiny.MODELS[name])))
 
 
 @pytest.fixture(scope='session', params=['random', 'emoji'])

@@ -180,12 +180,12 @@ def test_convert(run, random_folder):
     status, _, err = run('convert', random_folder, 'back')
     assert (
         status == 1
-        and err == f'error: back exists already or lies in {random_folder}; name another folder\n'
+        and err == f'error: back exists already or lies in {random_folder}; choose another name\n'
     )
 
 
 def test_convert_refuses(run, random_folder):
-    refused(run('convert', 'nope', 'out'), 'no such folder: nope')
+    refused(run('convert', 'nope', 'out'), "'nope' is neither a shipped model")
     refused(
         run('convert', random_folder, 'out', '--dtype', 'half'),
         "unknown dtype 'half'; one of: keep",
@@ -302,7 +302,7 @@ def test_the_module_as_a_program(tmp_path):
             ['-m', 'lcm_jax.train', f'--config={CONFIG}', '--workdir=w', '--config.train.stepz=3'],
             'stepz',
         ),
-        ([str(ROOT / 'tools/convert_weights.py'), 'nope', 'out'], 'no such folder: nope'),
+        ([str(ROOT / 'tools/convert_weights.py'), 'nope', 'out'], 'neither a shipped model'),
     ):
         done = subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path

@@ -1,15 +1,20 @@
-"""Models from form to form: to the last bit, every file, all or nothing."""
+"""Models and LoRA files from form to form: to the last bit, every file, all or nothing."""
 
 import shutil
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny
 
 from lcm_jax import weights
-from lcm_jax.convert import convert
+from lcm_jax.adapters import LORAS
+from lcm_jax.checkpoint import open_model
+from lcm_jax.convert import FORMS, convert
 from lcm_jax.errors import InputError
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.single import MODEL
 from lcm_jax.tree import named
 
 UNET = 'unet/diffusion_pytorch_model.safetensors'
@@ -31,8 +36,7 @@ def same_tensors(a, b):
 def canonical(random_folder, tmp_path_factory):
     """The random folder in half precision, with the key names that we write."""
     folder = tmp_path_factory.mktemp('convert')
-    convert(random_folder, folder / 'orbax', 'float16')
-    convert(folder / 'orbax', folder / 'half')
+    convert(random_folder, folder / 'half', 'diffusers', 'float16')
     return folder / 'half'
 
 
@@ -41,6 +45,7 @@ def test_there_and_back_to_the_last_bit(canonical, tmp_path):
     (canonical / 'safety_checker/model.safetensors').write_bytes(b'not ours to understand')
     said = convert(canonical, tmp_path / 'new' / 'orbax')
     assert said.startswith(f'wrote {tmp_path}/new/orbax: orbax checkpoint,') and 'vae' in said
+    assert files(tmp_path / 'new/orbax').keys() & files(canonical).keys()  # configs and tokenizer
     assert not [p for p in tmp_path.rglob('*.safetensors') if p.parent.name != 'safety_checker']
     assert 'diffusers folder' in convert(tmp_path / 'new/orbax', tmp_path / 'back')
     assert files(tmp_path / 'back') == files(canonical)
@@ -73,10 +78,21 @@ def test_diffusers_loads_what_comes_back(random_folder, tmp_path):
 
 
 def test_dtype(canonical, tmp_path):
-    convert(canonical, tmp_path / 'orbax', 'float32')
-    convert(tmp_path / 'orbax', tmp_path / 'back', 'bfloat16')
+    convert(canonical, tmp_path / 'orbax', dtype='float32')
+    convert(tmp_path / 'orbax', tmp_path / 'back', dtype='bfloat16')
     wide, _ = weights.read_tensors(tmp_path / 'back' / UNET)
     assert {str(x.dtype) for x in wide.values()} == {'bfloat16'}
+
+
+def test_mixed_dtypes_are_kept(canonical, tmp_path):
+    source = shutil.copytree(canonical, tmp_path / 'source')
+    mix_dtypes(source)
+    last = source
+    for name in ('orbax', 'x.safetensors', 'back'):
+        convert(last, tmp_path / name)
+        last = tmp_path / name
+    same_tensors(source / UNET, last / UNET)
+    assert weights.read_tensors(last / UNET)[0]['conv_in.bias'].dtype == np.float32
 
 
 def break_file(folder):
@@ -89,6 +105,12 @@ def drop_tensor(folder):
     weights.write_tensors(folder / UNET, tensors)
 
 
+def break_tensor(folder):
+    tensors, _ = weights.read_tensors(folder / UNET)
+    tensors['conv_in.bias'][0] = np.inf
+    weights.write_tensors(folder / UNET, tensors)
+
+
 def mix_dtypes(folder):
     tensors, _ = weights.read_tensors(folder / UNET)
     weights.write_tensors(
@@ -96,42 +118,124 @@ def mix_dtypes(folder):
     )
 
 
+@pytest.mark.parametrize('family', tiny.MODELS)
+def test_every_form_to_every_form_to_the_last_bit(family, tiny_folder, tmp_path):
+    """Names, shapes, dtypes and bytes of weights; the texts beside them, too."""
+    folder, expected = tiny_folder(family)
+    last = folder
+    for name in ('x.safetensors', 'orbax', 'y.safetensors', 'diffusers'):
+        convert(last, tmp_path / name, name if name in FORMS else None)
+        last = tmp_path / name
+    assert files(last) == files(folder)
+    assert open_model(tmp_path / 'x.safetensors').scheduler == open_model(folder).scheduler
+    assert (tmp_path / 'x.safetensors').read_bytes() == (tmp_path / 'y.safetensors').read_bytes()
+    for part in expected:
+        same_tensors(*(next((f / part).glob('*.safetensors')) for f in (folder, last)))
+
+
+def test_another_tokenizer_travels_in_the_single_file(random_folder, tmp_path):
+    convert(random_folder, tmp_path / 'x.safetensors')
+    assert 'tokenizer/tokenizer.json' in weights.read_tensors(tmp_path / 'x.safetensors')[1][MODEL]
+    prompts = ['a red heart, noto emoji']
+    ours, theirs = (open_model(m).tokenizer() for m in (tmp_path / 'x.safetensors', random_folder))
+    np.testing.assert_array_equal(ours(prompts), theirs(prompts))
+    assert ours.length == theirs.length
+
+
+def test_what_has_no_place_in_a_single_file_is_said(tmp_path):
+    said = convert('emoji', tmp_path / 'x.safetensors')
+    assert said.endswith('text_encoder; that form has no place for image_encoder')
+
+
+@pytest.mark.parametrize('family', ['sd1', 'sdxl'])
+def test_diffusers_opens_our_single_files(family, tiny_folder, tmp_path):
+    """from_single_file, offline, with the folder's configs: every weight is in its place."""
+    import diffusers
+
+    folder, expected = tiny_folder(family)
+    convert(folder, tmp_path / 'x.safetensors')
+    for part, cls in (('unet', 'UNet2DConditionModel'), ('vae', 'AutoencoderKL')):
+        model = getattr(diffusers, cls).from_single_file(
+            str(tmp_path / 'x.safetensors'),
+            config=str(folder),
+            subfolder=part,
+            local_files_only=True,
+        )
+        got = model.state_dict()
+        assert got.keys() == expected[part].keys()
+        for key, x in expected[part].items():
+            np.testing.assert_array_equal(got[key].numpy(), x.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ('damage', 'said'),
     [
-        (shutil.rmtree, 'no such folder: .*source'),
+        (shutil.rmtree, 'source. is neither a shipped model'),
         (
             lambda f: [shutil.rmtree(f / p) for p in ('unet', 'vae', 'text_encoder')],
-            r'neither a diffusers folder nor a checkpoint of one: of unet, .* it has \[\]',
+            'nor a file, nor a diffusers folder',
         ),
-        (lambda f: (f / 'vae/params').mkdir(), r"it has \['unet', .*\], with params/ \['vae'\]"),
         (lambda f: (f / UNET).unlink(), f'no such file: .*{UNET}'),
         (break_file, f'{UNET} is not a readable safetensors file'),
-        (drop_tensor, f'{UNET} does not fit the model of .* 1 missing: conv_in.bias'),
-        (mix_dtypes, r' holds both float16 and float32; choose one dtype'),
+        (drop_tensor, 'unet does not fit the model of .* 1 missing: conv_in.bias'),
+        (break_tensor, 'conv_in.bias holds values that are not finite'),
     ],
 )
-def test_all_or_nothing(canonical, tmp_path, damage, said):
+@pytest.mark.parametrize('out', ['out', 'out.safetensors'])
+def test_all_or_nothing(canonical, tmp_path, damage, said, out):
     source = shutil.copytree(canonical, tmp_path / 'source')
     damage(source)
     with pytest.raises(InputError, match=said):
-        convert(source, tmp_path / 'out')
+        convert(source, tmp_path / out)
     assert {p.name for p in tmp_path.iterdir()} <= {'source'}
 
 
-def test_a_damaged_checkpoint_and_an_existing_target(canonical, tmp_path):
+def test_forms_and_targets_that_cannot_be(canonical, tmp_path):
+    (tmp_path / 'there').mkdir()
+    for out, options, said in (
+        (tmp_path / 'there', {}, 'there exists already'),
+        (canonical / 'out', {}, 'or lies in'),
+        (tmp_path / 'out', {'dtype': 'float61'}, r"unknown dtype 'float61' .*'float16'.*: keep"),
+        (tmp_path / 'out', {'to': 'ldm'}, "unknown form 'ldm'; one of: diffusers, original, orbax"),
+        (tmp_path / 'out', {'to': 'original'}, r'out: a name ends in \.safetensors if'),
+        (tmp_path / 'x.safetensors', {'to': 'orbax'}, r'a name ends in \.safetensors if'),
+    ):
+        with pytest.raises(InputError, match=said):
+            convert(canonical, out, **options)
+    assert [p.name for p in tmp_path.iterdir()] == ['there']
+
+
+def test_a_damaged_checkpoint(canonical, tmp_path):
     convert(canonical, tmp_path / 'orbax')
-    with pytest.raises(InputError, match='orbax exists already'):
-        convert(canonical, tmp_path / 'orbax')
-    with pytest.raises(InputError, match='or lies in'):
-        convert(canonical, canonical / 'out')
-    with pytest.raises(InputError, match=r"unknown dtype 'float61' .*'float16'.*: keep"):
-        convert(canonical, tmp_path / 'out', 'float61')
-    shutil.rmtree(tmp_path / 'orbax/unet/params/d', ignore_errors=True)
-    for file in (tmp_path / 'orbax/unet/params').glob('*'):
-        if file.is_file():
-            file.write_bytes(b'')
+    data = [p for p in (tmp_path / 'orbax/unet/params').rglob('d/*') if p.is_file()]
+    for file in data:
+        file.write_bytes(b'')
     with pytest.raises(InputError, match=r'unet/params is not a readable orbax checkpoint') as e:
         convert(tmp_path / 'orbax', tmp_path / 'out')
     assert '\n' not in str(e.value)
+    shutil.rmtree(tmp_path / 'orbax/unet/params')
+    (tmp_path / 'orbax/unet/params').mkdir()
+    with pytest.raises(InputError, match=r'unet/params is not a readable orbax checkpoint') as e:
+        convert(tmp_path / 'orbax', tmp_path / 'out')
     assert [p.name for p in tmp_path.iterdir()] == ['orbax']
+
+
+def test_loras_are_merged_in(random_folder, lora_file, tmp_path):
+    said = convert(
+        random_folder, tmp_path / 'one.safetensors', loras=[(lora_file, 0.5), (lora_file, 0.3)]
+    )
+    assert 'single file' in said
+    live, file = Pipeline.load(random_folder), Pipeline.load(tmp_path / 'one.safetensors')
+    live.add_lora(lora_file, 'a', 0.8)
+    changed = 0
+    for (path, x), (_, y) in zip(named(live.merged), named(file.params), strict=True):
+        assert np.allclose(x, y, rtol=1e-5, atol=1e-6), path
+    for x, y in zip(*(jax.tree.leaves(t) for t in (live.params, file.params)), strict=True):
+        changed += not np.array_equal(x, y)
+    assert changed == len(live.adapters['a'].loras['unet'])
+
+
+def test_a_lora_that_does_not_fit_leaves_nothing(random_folder, tmp_path):
+    with pytest.raises(InputError, match=r'lcm_lora\.safetensors'):
+        convert(random_folder, tmp_path / 'out.safetensors', loras=[(LORAS['lcm'], 1.0)])
+    assert not any(tmp_path.iterdir())

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from random_model import write_model
 
 from lcm_jax.checkpoint import open_model
 from lcm_jax.convert import FORMS
@@ -80,7 +80,7 @@ def test_stable_diffusion_15(tmp_path):
     from diffusers import UNet2DConditionModel
 
     spec = MODELS['sd15']
-    tiny.write_model(tmp_path / 'diffusers', spec, np.float32, keep=False)
+    write_model(tmp_path / 'diffusers', spec, np.float32, keep=False)
     back = round_trip(tmp_path / 'diffusers', 'orbax', SINGLE, 'orbax', 'diffusers')
     rng = np.random.default_rng(0)
     z, context = (rng.normal(size=s).astype(np.float32) for s in ((1, 64, 64, 4), (1, 77, 768)))
@@ -101,7 +101,7 @@ def test_stable_diffusion_15(tmp_path):
 @pytest.mark.parametrize('name', ['sdxl', 'ssd1b'])
 def test_xl(name, tmp_path):
     spec = MODELS[name]
-    tiny.write_model(tmp_path / 'diffusers', spec, np.float16, keep=False)
+    write_model(tmp_path / 'diffusers', spec, np.float16, keep=False)
     assert count(open_model(tmp_path / 'diffusers').shapes('unet')) == count(
         shapes.unet_shapes(spec.unet)
     )

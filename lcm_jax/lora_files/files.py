@@ -85,7 +85,7 @@ def locate(keys, spots, source):
             continue
         roles = found[part.component, module]
         if part.role in roles:
-            twice.append(f'{roles[part.role][1]} and {key}')
+            twice.append(' and '.join(sorted((roles[part.role][1], key))))
         roles[part.role] = part, key
     if not keys:
         raise InputError(f'{source} holds no tensors')
@@ -182,6 +182,10 @@ def write_lora(file, adapters, models, *, alpha, dialect=None, dtype=np.float16,
                     for role in roles:
                         key = dialects.key(dialect, component, name, role, sdxl)
                         tensors[key] = values[role]
+    over = [key for key, x in tensors.items() if not np.isfinite(x).all()]
+    if over:
+        said = listing(over, len(tensors), 'tensors hold values that are not finite')
+        raise InputError(f'{file} in {alpha.dtype}: {said}')
     metadata = {**peft_config.metadata(dialect, ranks, float(alpha)), **(metadata or {})}
     file = Path(file)
     part = file.with_name(f'.unchecked-{file.name}')
