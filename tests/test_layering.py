@@ -14,7 +14,8 @@ LAYERS = [
     line.split()
     for line in """
     errors
-    tree diffusion data text metrics grid models.attention
+    tree diffusion data text metrics grid models.flash
+    models.attention
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.configs models.shapes models.zoo lora_io distill loop

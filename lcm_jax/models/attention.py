@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcm_jax.models.flash import flash_attention
+
 # Above SMALL scores a head, queries go in chunks whose BLOCK scores (4 MB in float32) stay in cache.
 SMALL = 2**17
 BLOCK = 2**20
@@ -31,6 +33,8 @@ def attend(q, k, v, *, causal=False):
 
     # A CPU's caches hold one head at a time; elsewhere heads (and shards of them) run side by side.
     paths = {'cpu': chunked(lambda f: lambda x: lax.map(f, x)), 'default': chunked(jax.vmap)}
+    if not causal:
+        paths['tpu'] = flash_attention
     if _fits_cudnn(q):
         paths['cuda'] = cudnn
     return lax.platform_dependent(q, k, v, **paths)
