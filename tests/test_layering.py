@@ -19,6 +19,7 @@ LAYERS = [
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.configs models.shapes models.zoo lora_io distill loop
+    plan
     pipeline
     lcm_jax train convert
     evaluate

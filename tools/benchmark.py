@@ -1,9 +1,11 @@
 """Times our programs beside diffusers' with the same random weights, in turns, in one process.
 
     python tools/benchmark.py unet --peer diffusers    # SD 1.5's UNet, 512 px, batch 1, float32
+    JAX_PLATFORMS=cpu python tools/benchmark.py compiled --model sdxl --size 1024 --batch 4 --dtype bfloat16
 
 Prints seconds (median and least), their ratio, the largest difference of the outputs relative to the
-largest output, and what the compiler says of our program. CPU seconds count both sides' threads:
+largest output, and what the compiler says of our program; `compiled` only compiles it, for TPUs that
+need not be here. CPU seconds count both sides' threads:
 they hold on a busy machine, where wall-clock seconds do not. SD 1.5 in float32 needs 11 GB of memory.
 """
 
@@ -18,12 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import weights
+from lcm_jax import plan, weights
 from lcm_jax.models import configs, shapes
 from lcm_jax.models.unet import UNet
 from lcm_jax.models.zoo import MODELS
-
-TOKENS = 77  # of text context
 
 
 class Case(NamedTuple):
@@ -65,7 +65,7 @@ def unet(args):
     inputs = {
         'z': normal(args.batch, side, side, spec.in_channels),
         't': np.linspace(999, 1, args.batch, dtype=np.float32),
-        'context': normal(args.batch, TOKENS, spec.context_dim),
+        'context': normal(args.batch, plan.TOKENS, spec.context_dim),
     }
     if spec.pooled_dim:
         inputs['pooled'] = normal(args.batch, spec.pooled_dim)
@@ -166,6 +166,19 @@ def report(case, repeat):
     )
 
 
+def compiled(args):
+    """Compile one forward pass for TPUs and print what a chip would do."""
+    forward = plan.FORWARDS[args.part](MODELS[args.model], args.size, args.batch, args.dtype)
+    cost = plan.compiled_for(args.topology, forward.fn, forward.params, forward.inputs)
+    squares = ', '.join(f'{cost.squares(n)} of {n} x {n}' for n in sorted(forward.tokens))
+    print(
+        f'{args.part} on {args.topology}: compiled in {cost.seconds:.0f} s; each chip '
+        f'{cost.flops / 1e12:.2f} TFLOP outside custom kernels, {cost.bytes_accessed / 1e9:.1f} GB '
+        f'moved, {cost.temporaries / 2**20:.0f} MiB of temporaries, '
+        f'{cost.arguments / 2**20:.0f} MiB of arguments; arrays of [tokens x tokens]: {squares}'
+    )
+
+
 CASES = {'unet': unet}
 
 
@@ -173,14 +186,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('case', choices=CASES)
+    parser.add_argument('case', choices=(*CASES, 'compiled'))
     parser.add_argument('--model', default='sd15', choices=MODELS)
     parser.add_argument('--size', type=int, default=512, help='side of the picture, px')
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
     parser.add_argument('--peer', default='none', choices=('diffusers', 'none'))
     parser.add_argument('--repeat', type=int, default=5, help='timed calls of each side, in turns')
+    parser.add_argument('--part', default='unet', choices=plan.FORWARDS, help='to be compiled')
+    parser.add_argument('--topology', default='v5e:2x2', help='chips to compile for')
     args = parser.parse_args()
+    if args.case == 'compiled':
+        return compiled(args)
     device = jax.devices()[0]
     print(
         f'{args.case}, {args.model}, {args.size} px, batch {args.batch}, {args.dtype}, '
