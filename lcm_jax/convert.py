@@ -9,8 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lcm_jax import lora_io, weights
+from lcm_jax.checkpoint import COMPONENTS, open_folder, open_model
 from lcm_jax.errors import InputError, choose
-from lcm_jax.pipeline import COMPONENTS, component_shapes, model_folder
 from lcm_jax.tree import count
 
 PARAMS = 'params'  # in a component's folder: its Flax tree, in place of the weights file
@@ -49,7 +49,7 @@ def convert(source, out, dtype='keep'):
         shutil.copytree(source, new, ignore=converted)
         for name, file in files.items():
             tensors = read_tree(file) if flax else weights.read_tensors(file)[0]
-            _, abstract = component_shapes(source, name, dtype or dtype_of(tensors, file))
+            abstract = open_folder(source).shapes(name, dtype or dtype_of(tensors, file))
             params = weights.load(abstract, tensors, file)
             total += count(params)
             if flax:
@@ -138,7 +138,7 @@ def convert_lora(file, out, model='emoji', dialect='kohya'):
     """
     if Path(out).suffix != '.safetensors':
         raise InputError(f'{out}: the name must end in .safetensors')
-    _, abstract = component_shapes(model_folder(model), 'unet')
+    abstract = open_model(model).shapes('unet')
     lora, metadata = lora_io.read_lora(file, abstract)
     _, (down, _, alpha), _ = factors(file)
     alphas = {float(x) for x in alpha.values()}

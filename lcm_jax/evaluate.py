@@ -10,7 +10,7 @@ import numpy as np
 from lcm_jax import data, metrics
 from lcm_jax.grid import pixels
 from lcm_jax.models.clip import ImageEncoder, TextEncoder
-from lcm_jax.pipeline import Pipeline, read_component
+from lcm_jax.pipeline import Pipeline
 from lcm_jax.train import batched
 
 BATCH = 16  # pictures drawn at a time
@@ -49,7 +49,8 @@ class Features:
     """The image tower of a pipeline folder (`image_encoder`) beside its text tower, as metrics see them."""
 
     def __init__(self, pipe):
-        spec, params = read_component(pipe.folder, 'image_encoder')
+        spec = pipe.checkpoint.spec('image_encoder')
+        params = pipe.checkpoint.load('image_encoder')
         self.size, self.tokenizer = spec.size, pipe.tokenizer
         self._image = jax.jit(lambda x: ImageEncoder(spec).apply({'params': params}, x))
         text, text_params = pipe.text, pipe.params['text_encoder']

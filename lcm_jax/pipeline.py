@@ -12,68 +12,25 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax import lora as L
-from lcm_jax import samplers, weights
+from lcm_jax import samplers
+from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model
 from lcm_jax.data import EMOJI
 from lcm_jax.diffusion import KINDS, denoiser, guided, schedule
 from lcm_jax.errors import InputError, choose, nearest
 from lcm_jax.lora_io import read_lora
-from lcm_jax.models import configs, shapes
+from lcm_jax.models import configs
 from lcm_jax.models.clip import TextEncoder, TextSpec
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.vae import VAE, VAESpec
 from lcm_jax.text import Tokenizer
 
-MODELS = {'emoji': EMOJI / 'pipeline'}  # shipped
 LORAS = {'lcm': EMOJI / 'lcm_lora.safetensors'}
-# Component folder -> (weights file, config -> spec, spec -> abstract parameters).
-COMPONENTS = {
-    'unet': ('diffusion_pytorch_model.safetensors', configs.unet_spec, shapes.unet_shapes),
-    'vae': ('diffusion_pytorch_model.safetensors', configs.vae_spec, shapes.vae_shapes),
-    'text_encoder': ('model.safetensors', configs.text_spec, shapes.text_shapes),
-    'text_encoder_2': ('model.safetensors', configs.text_spec, shapes.text_shapes),
-    'image_encoder': ('model.safetensors', configs.vision_spec, shapes.vision_shapes),
-}
 # Keys of scheduler_config.json with the only values that `schedule` computes.
 SCHEDULER_ONLY = {
     'trained_betas': (None,),
     'rescale_betas_zero_snr': (False,),
     'thresholding': (False,),
 }
-
-
-def model_folder(name):
-    """A shipped model's name or a diffusers folder -> the folder. InputError if it is neither."""
-    folder = Path(MODELS.get(str(name), name))
-    if not (folder / 'model_index.json').is_file():
-        raise InputError(
-            f'{str(name)!r} is neither a shipped model ({", ".join(MODELS)})'
-            f'{nearest(name, MODELS)} nor a diffusers folder: no model_index.json'
-        )
-    return folder
-
-
-def read_config(file, only):
-    """A .json file whose keys may have just the values of `only` -> configs.Config."""
-    return configs.Config(weights.read_json(file), only, file)
-
-
-def component_shapes(folder, name, dtype=jnp.float32):
-    """A component's config.json -> (spec, its parameters as shapes of `dtype`)."""
-    _, spec_of, shapes_of = COMPONENTS[name]
-    config = Path(folder) / name / 'config.json'
-    spec = spec_of(weights.read_json(config), config)
-    return spec, shapes_of(spec, dtype)
-
-
-def read_component(folder, name, dtype=jnp.float32):
-    """One component of a diffusers folder -> (spec, parameters in `dtype`).
-
-    Raises InputError naming the file that is missing, unreadable or does not fit its config.json.
-    """
-    spec, abstract = component_shapes(folder, name, dtype)
-    file = Path(folder) / name / COMPONENTS[name][0]
-    tensors, _ = weights.read_tensors(file)
-    return spec, jax.tree.map(jnp.asarray, weights.load(abstract, tensors, file))
 
 
 class Adapter(NamedTuple):
@@ -92,7 +49,7 @@ class Pipeline:
     plus the scaled adapters.
     """
 
-    folder: Path
+    checkpoint: Checkpoint
     unet: UNetSpec
     vae: VAESpec
     text: TextSpec
@@ -107,23 +64,24 @@ class Pipeline:
     @classmethod
     def load(cls, name, dtype=jnp.float32):
         """'emoji' (shipped) or a diffusers folder -> Pipeline with parameters in `dtype`."""
-        folder = model_folder(name)
-        read_config(folder / 'model_index.json', {'_class_name': ('StableDiffusionPipeline',)})
-        noise = read_config(folder / 'scheduler' / 'scheduler_config.json', SCHEDULER_ONLY)
+        ckpt = open_model(name)
+        configs.Config(
+            ckpt.index, {'_class_name': ('StableDiffusionPipeline',)}, ckpt.folder / INDEX
+        )
+        noise = configs.Config(ckpt.scheduler, SCHEDULER_ONLY, ckpt.folder / SCHEDULER)
         kind = noise.get('prediction_type', 'epsilon')
         choose('prediction_type', kind, KINDS)
-        specs, params = {}, {}
-        for part in ('unet', 'vae', 'text_encoder'):
-            specs[part], params[part] = read_component(folder, part, dtype)
-        grid = weights.read_json(folder / 'unet' / 'config.json').get('sample_size') or 64
+        specs = {part: ckpt.spec(part) for part in ('unet', 'vae', 'text_encoder')}
+        params = {part: ckpt.load(part, dtype) for part in specs}
+        grid = ckpt.configs['unet'].get('sample_size') or 64
         height, width = grid if isinstance(grid, list) else (grid, grid)
         return cls(
-            folder,
+            ckpt,
             specs['unet'],
             specs['vae'],
             specs['text_encoder'],
             params,
-            Tokenizer(folder / 'tokenizer'),
+            Tokenizer(ckpt.tokenizer()),
             schedule(
                 noise['beta_schedule'],
                 noise['beta_start'],

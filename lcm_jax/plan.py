@@ -14,8 +14,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax.models import shapes
+from lcm_jax.models.tiny import autoencoder
 from lcm_jax.models.unet import UNet
-from lcm_jax.models.vae import VAE
 
 TOKENS = 77  # of text context
 
@@ -72,7 +72,9 @@ def vae_forward(model, size, batch, dtype):
     """The VAE decoder of a ModelSpec for pictures of size x size px."""
     spec, side = model.vae, size // model.vae.factor
     return Forward(
-        lambda params, inputs: VAE(spec).apply({'params': params}, **inputs, method='decode'),
+        lambda params, inputs: autoencoder(spec).apply(
+            {'params': params}, **inputs, method='decode'
+        ),
         shapes.vae_shapes(spec, dtype),
         {'z': jax.ShapeDtypeStruct((batch, side, side, spec.latent_channels), dtype)},
         {side**2},

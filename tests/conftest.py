@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lcm_jax import lora
+from lcm_jax.checkpoint import open_model
 from lcm_jax.data import EMOJI
 from lcm_jax.lora_io import write_lora
-from lcm_jax.pipeline import component_shapes
 
 torch.set_num_threads(1)  # the reference models are tiny; waiting for threads costs more
 
@@ -118,5 +118,5 @@ def write_random_lora(params, file, **options):
 @pytest.fixture(scope='session')
 def lora_file(random_folder, tmp_path_factory):
     """A LoRA for the random folder."""
-    _, params = component_shapes(random_folder, 'unet')
+    params = open_model(random_folder).shapes('unet')
     return write_random_lora(params, tmp_path_factory.mktemp('lora') / 'style.safetensors')

@@ -14,8 +14,8 @@ CASES = {  # name: (B, L, M, H, D, causal)
     'few tokens, causal': (2, 77, 77, 4, 16, True),
     'few tokens, cross': (2, 65, 7, 4, 16, False),
     'many whole blocks': (1, 4096, 4096, 1, 8, False),
-    'a block and a rest': (2, 1201, 1201, 2, 8, False),
-    'causal, a block and a rest': (1, 1201, 1201, 2, 8, True),
+    'a block and a rest': (2, 1801, 1801, 2, 8, False),
+    'causal, a block and a rest': (1, 1801, 1801, 2, 8, True),
     'cross, less than a block': (2, 4099, 77, 2, 8, False),
     'more keys than queries': (1, 77, 4099, 2, 8, False),
     'causal, more keys than queries': (1, 401, 601, 2, 8, True),
@@ -95,4 +95,4 @@ def test_lowers_for_another_platform(platform, causal):
     if platform == 'tpu' and not causal:
         assert 'tpu_custom_call' in text
     else:
-        assert '8x256x4096xf32' in text  # heads side by side
+        assert f'8x{BLOCK // 4096}x4096xf32' in text  # heads side by side

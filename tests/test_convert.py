@@ -8,10 +8,11 @@ import pytest
 from conftest import write_random_lora
 
 from lcm_jax import weights
+from lcm_jax.checkpoint import open_model
 from lcm_jax.convert import convert, convert_lora, inspect_lora
 from lcm_jax.errors import InputError
 from lcm_jax.lora_io import read_lora
-from lcm_jax.pipeline import Pipeline, component_shapes
+from lcm_jax.pipeline import Pipeline
 from lcm_jax.tree import named
 
 UNET = 'unet/diffusion_pytorch_model.safetensors'
@@ -141,7 +142,7 @@ def test_a_damaged_checkpoint_and_an_existing_target(canonical, tmp_path):
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float32])
 def test_lora_between_dialects(random_folder, tmp_path, dtype):
-    _, params = component_shapes(random_folder, 'unet')
+    params = open_model(random_folder).shapes('unet')
     kohya = write_random_lora(
         params,
         tmp_path / 'kohya.safetensors',

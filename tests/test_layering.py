@@ -18,8 +18,9 @@ LAYERS = [
     models.attention
     weights lora samplers sharding models.layers
     models.clip models.unet models.vae
+    models.tiny
     models.configs models.shapes models.zoo lora_io distill loop
-    plan
+    checkpoint plan
     pipeline
     lcm_jax train convert
     evaluate

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import diffusers
 import jax
@@ -15,6 +16,7 @@ from lcm_jax import weights
 from lcm_jax.errors import InputError
 from lcm_jax.models import configs, shapes
 from lcm_jax.models.clip import ImageEncoder, TextEncoder
+from lcm_jax.models.tiny import TinySpec, autoencoder
 from lcm_jax.models.unet import UNet
 from lcm_jax.models.vae import VAE
 from lcm_jax.models.zoo import MODELS
@@ -200,6 +202,31 @@ def test_vae(config, tmp_path):
     decode = jax.jit(lambda p, z: VAE(spec).apply({'params': p}, z, method='decode'))
     assert_close('VAE decode', nchw(decode(params, nhwc(z))), theirs(model.decode, z).sample)
     to_disk(model, tmp_path / 'ours', configs.vae_config(spec, 32), params)
+
+
+def test_tiny_vae(tmp_path):
+    sizes = {'encoder_block_out_channels': (8,) * 3, 'decoder_block_out_channels': (12,) * 3}
+    blocks = {'num_encoder_blocks': (1, 2, 3), 'num_decoder_blocks': (3, 2, 1)}
+    model = randomise(diffusers.AutoencoderTiny(**sizes, **blocks))
+    spec, params = from_disk(model, tmp_path / 'theirs', configs.vae_spec, shapes.vae_shapes)
+    x, z = random(1, 2, 3, 5 * spec.factor, 3 * spec.factor), 3 * random(2, 2, 4, 5, 3)
+
+    @partial(jax.jit, static_argnums=2)
+    def ours(params, x, method):
+        return autoencoder(spec).apply({'params': params}, nhwc(x), method=method)
+
+    mean, logvar = ours(params, x, 'encode')
+    assert_close('tiny encode', nchw(mean), theirs(model.encode, x).latents)
+    assert mean.shape == logvar.shape and (logvar <= -30).all()
+    assert_close('tiny decode', nchw(ours(params, z, 'decode')), theirs(model.decode, z).sample)
+    to_disk(model, tmp_path / 'ours', configs.vae_config(spec, 32), params)
+
+
+def test_taesd_at_full_size():
+    with torch.device('meta'):
+        model = diffusers.AutoencoderTiny()
+    shapes_of = {k: tuple(x.shape) for k, x in model.state_dict().items()}
+    assert weights.keys(shapes.vae_shapes(TinySpec())) == shapes_of
 
 
 IDS = np.array([[98, 5, 7, 20, 99, 99, 99, 99], [98, 9, 3, 2, 11, 4, 99, 1]], np.int32)
@@ -435,6 +462,12 @@ def test_spec_to_config_and_back(name):
             {'block_out_channels': [8], 'use_quant_conv': False},
             'use_quant_conv = False',
         ),
+        (
+            configs.vae_spec,
+            {'_class_name': 'AutoencoderTiny', 'num_encoder_blocks': [1, 2]},
+            'as many levels everywhere',
+        ),
+        (configs.vae_spec, {'_class_name': 'VQModel'}, "_class_name = 'VQModel'"),
         (configs.text_spec, {'architectures': ['T5EncoderModel']}, 'T5EncoderModel'),
         (configs.text_spec, {'hidden_act': 'relu'}, "hidden_act = 'relu'"),
     ],

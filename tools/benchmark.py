@@ -1,6 +1,8 @@
 """Times our programs beside diffusers' with the same random weights, in turns, in one process.
 
     python tools/benchmark.py unet --peer diffusers    # SD 1.5's UNet, 512 px, batch 1, float32
+    python tools/benchmark.py vae --peer diffusers     # decoding
+    python tools/benchmark.py text --peer diffusers
     JAX_PLATFORMS=cpu python tools/benchmark.py compiled --model sdxl --size 1024 --batch 4 --dtype bfloat16
 
 Prints seconds (median and least), their ratio, the largest difference of the outputs relative to the
@@ -22,6 +24,8 @@ import numpy as np
 
 from lcm_jax import plan, weights
 from lcm_jax.models import configs, shapes
+from lcm_jax.models.clip import TextEncoder
+from lcm_jax.models.tiny import autoencoder
 from lcm_jax.models.unet import UNet
 from lcm_jax.models.zoo import MODELS
 
@@ -30,8 +34,8 @@ class Case(NamedTuple):
     """A thing to time: two calls that wait for their result and return it as one NHWC array."""
 
     ours: callable
-    peer: callable  # or None
     compiled: jax.stages.Compiled
+    peer: callable  # or None
 
 
 def compiled_call(fn, *args):
@@ -54,44 +58,97 @@ def random_weights(abstract, rng):
     return jax.tree.map(draw, abstract)
 
 
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def unet(args):
     """One forward pass of the UNet."""
-    model, rng = MODELS[args.model], np.random.default_rng(0)
+    model = MODELS[args.model]
     spec, side = model.unet, args.size // model.vae.factor
-
-    def normal(*shape):
-        return rng.standard_normal(shape, np.float32)
-
     inputs = {
         'z': normal(args.batch, side, side, spec.in_channels),
         't': np.linspace(999, 1, args.batch, dtype=np.float32),
-        'context': normal(args.batch, plan.TOKENS, spec.context_dim),
+        'context': normal(args.batch, plan.TOKENS, spec.context_dim, seed=1),
     }
     if spec.pooled_dim:
-        inputs['pooled'] = normal(args.batch, spec.pooled_dim)
+        inputs['pooled'] = normal(args.batch, spec.pooled_dim, seed=2)
         inputs['sizes'] = np.tile(
             np.float32([args.size, args.size, 0, 0] + [args.size] * 2), (args.batch, 1)
         )
-    abstract, peer = shapes.unet_shapes(spec, args.dtype), None
-    if args.peer == 'diffusers':
-        import diffusers
-
-        net, tensors = torch_model(
-            diffusers.UNet2DConditionModel, configs.unet_config(spec, side), args.dtype
-        )
-        params = jax.device_put(weights.load(abstract, tensors, 'the random UNet'))
-        peer = unet_peer(net, inputs, args.dtype)
-        del tensors
-    else:
-        params = random_weights(abstract, rng)
     keep = ('t', 'sizes')  # precision follows the data; numbers with a unit stay in float32
-    inputs = {
-        k: jnp.asarray(x, jnp.float32 if k in keep else args.dtype) for k, x in inputs.items()
-    }
-    run, compiled = compiled_call(
-        lambda params, inputs: UNet(spec).apply({'params': params}, **inputs), params, inputs
+    typed = {k: jnp.asarray(x, jnp.float32 if k in keep else args.dtype) for k, x in inputs.items()}
+    return case(
+        args,
+        shapes.unet_shapes(spec, args.dtype),
+        lambda params, x: UNet(spec).apply({'params': params}, **x),
+        typed,
+        lambda diffusers: (diffusers.UNet2DConditionModel, configs.unet_config(spec, side)),
+        lambda net: unet_peer(net, inputs),
     )
-    return Case(run, peer, compiled)
+
+
+def vae(args):
+    """Latents -> pictures."""
+    spec = MODELS[args.model].vae
+    side = args.size // spec.factor
+    z = normal(args.batch, side, side, spec.latent_channels)
+    return case(
+        args,
+        shapes.vae_shapes(spec, args.dtype),
+        lambda params, z: autoencoder(spec).apply({'params': params}, z, method='decode'),
+        jnp.asarray(z, args.dtype),
+        lambda diffusers: (diffusers.AutoencoderKL, configs.vae_config(spec, args.size)),
+        lambda net: pictures(lambda z: net.decode(z).sample, net, z),
+    )
+
+
+def text(args):
+    """Token ids -> hidden states, by the (first) text encoder."""
+    spec = MODELS[args.model].text[0]
+    ids = np.random.default_rng(0).integers(0, spec.vocab, (args.batch, plan.TOKENS), np.int32)
+    return case(
+        args,
+        shapes.text_shapes(spec, args.dtype),
+        lambda params, ids: TextEncoder(spec).apply({'params': params}, ids).hidden,
+        ids,
+        lambda _: (clip_text, configs.text_config(spec)),
+        lambda net: lambda: net(torch_tensor(ids, net)).last_hidden_state.float().cpu().numpy(),
+    )
+
+
+def case(args, abstract, apply, inputs, peer_class, peer_call):
+    """A network as a Case: apply(params, inputs) is ours.
+
+    peer_class(diffusers) -> (class, config) and peer_call(net) -> call are asked only for a peer.
+    """
+    if args.peer == 'none':
+        params = random_weights(abstract, np.random.default_rng(0))
+        return Case(*compiled_call(apply, params, inputs), None)
+    import diffusers
+
+    net, tensors = torch_model(*peer_class(diffusers), args.dtype)
+    params = jax.device_put(weights.load(abstract, tensors, 'the random model'))
+    del tensors
+    return Case(*compiled_call(apply, params, inputs), peer_call(net))
+
+
+def clip_text(**config):
+    import transformers
+
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+
+
+def torch_tensor(x, net):
+    import torch
+
+    return torch.tensor(x, device=net.device)
+
+
+def pictures(fn, net, x):
+    """The call of fn, NCHW -> NCHW, on our NHWC input."""
+    x = torch_tensor(x, net).to(net.dtype).movedim(-1, 1).contiguous()
+    return lambda: fn(x).float().movedim(1, -1).cpu().numpy()
 
 
 def torch_model(cls, config, dtype):
@@ -105,23 +162,19 @@ def torch_model(cls, config, dtype):
     return net.to('cuda' if jax.default_backend() == 'gpu' else 'cpu'), tensors
 
 
-def unet_peer(net, inputs, dtype):
+def unet_peer(net, inputs):
     """The call of a diffusers UNet on our inputs."""
-    import torch
-
-    tensors = {k: torch.tensor(x, device=net.device) for k, x in inputs.items()}
-    z, context = (tensors[k].to(net.dtype) for k in ('z', 'context'))
-    z = z.movedim(-1, 1).contiguous()
+    tensors = {k: torch_tensor(x, net) for k, x in inputs.items()}
     added = 'pooled' in tensors and {
         'text_embeds': tensors['pooled'].to(net.dtype),
         'time_ids': tensors['sizes'],
     }
+    context = tensors['context'].to(net.dtype)
 
-    def run():
-        out = net(z, tensors['t'], context, added_cond_kwargs=added or None).sample
-        return out.float().movedim(1, -1).cpu().numpy()
+    def forward(z):
+        return net(z, tensors['t'], context, added_cond_kwargs=added or None).sample
 
-    return run
+    return pictures(forward, net, inputs['z'])
 
 
 def in_turns(calls, repeat):
@@ -179,7 +232,7 @@ def compiled(args):
     )
 
 
-CASES = {'unet': unet}
+CASES = {'unet': unet, 'vae': vae, 'text': text}
 
 
 def main():

@@ -2,6 +2,7 @@
 
 from lcm_jax.errors import InputError
 from lcm_jax.models.clip import ACTIVATIONS, TextSpec, VisionSpec
+from lcm_jax.models.tiny import TinySpec
 from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
 
@@ -48,6 +49,14 @@ VAE_ONLY = {
     'up_block_types': ('UpDecoderBlock2D',),
     'use_post_quant_conv': (True,),
     'use_quant_conv': (True,),
+}
+TINY_ONLY = {
+    'act_fn': ('relu',),
+    'in_channels': (3,),
+    'out_channels': (3,),
+    'shift_factor': (0.0, None),
+    'upsample_fn': ('nearest',),
+    'upsampling_scaling_factor': (2,),
 }
 CLIP_ONLY = {'hidden_act': tuple(ACTIVATIONS), 'layer_norm_eps': (1e-5,), 'num_channels': (3,)}
 
@@ -187,7 +196,11 @@ def unet_config(spec, sample_size):
 
 
 def vae_spec(config, source='vae/config.json'):
-    """config.json of an `AutoencoderKL` -> VAESpec."""
+    """config.json of an `AutoencoderKL` or `AutoencoderTiny` -> VAESpec or TinySpec."""
+    classes = {'_class_name': ('AutoencoderKL', 'AutoencoderTiny')}
+    config = Config(config, classes, source)
+    if config.get('_class_name') == 'AutoencoderTiny':
+        return _tiny_spec(Config(config, TINY_ONLY, source))
     config = Config(config, VAE_ONLY, source)
     return VAESpec(
         widths=tuple(config['block_out_channels']),
@@ -198,8 +211,41 @@ def vae_spec(config, source='vae/config.json'):
     )
 
 
+def _tiny_spec(config):
+    sizes = {
+        part: tuple(config.get(key, default))
+        for part, key, default in (
+            ('encoder', 'encoder_block_out_channels', TinySpec.encoder),
+            ('encoder_blocks', 'num_encoder_blocks', TinySpec.encoder_blocks),
+            ('decoder', 'decoder_block_out_channels', TinySpec.decoder),
+            ('decoder_blocks', 'num_decoder_blocks', TinySpec.decoder_blocks),
+        )
+    }
+    if len({*map(len, sizes.values())}) != 1:
+        raise InputError(f'{config.source}: as many levels everywhere are needed, not {sizes}')
+    return TinySpec(
+        **sizes,
+        latent_channels=config.get('latent_channels', 4),
+        scaling_factor=config.get('scaling_factor', 1.0),
+    )
+
+
+def _tiny_config(spec):
+    return {
+        '_class_name': 'AutoencoderTiny',
+        'encoder_block_out_channels': list(spec.encoder),
+        'num_encoder_blocks': list(spec.encoder_blocks),
+        'decoder_block_out_channels': list(spec.decoder),
+        'num_decoder_blocks': list(spec.decoder_blocks),
+        'latent_channels': spec.latent_channels,
+        'scaling_factor': spec.scaling_factor,
+    }
+
+
 def vae_config(spec, sample_size):
-    """VAESpec -> config.json that diffusers loads; the inverse of `vae_spec`."""
+    """VAESpec or TinySpec -> config.json that diffusers loads; the inverse of `vae_spec`."""
+    if isinstance(spec, TinySpec):
+        return _tiny_config(spec)
     n = len(spec.widths)
     return {
         '_class_name': 'AutoencoderKL',

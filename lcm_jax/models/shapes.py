@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.models.clip import ImageEncoder, TextEncoder
+from lcm_jax.models.tiny import autoencoder
 from lcm_jax.models.unet import UNet
-from lcm_jax.models.vae import VAE
 
 
 def abstract(module, *args, dtype=jnp.float32, **kwargs):
@@ -37,8 +37,8 @@ def unet_shapes(spec, dtype=jnp.float32):
 
 
 def vae_shapes(spec, dtype=jnp.float32):
-    """VAESpec -> the parameter tree of `VAE(spec)`."""
-    return abstract(VAE(spec), _floats(1, spec.factor, spec.factor, 3), dtype=dtype)
+    """VAESpec or TinySpec -> the parameter tree of `autoencoder(spec)`."""
+    return abstract(autoencoder(spec), _floats(1, spec.factor, spec.factor, 3), dtype=dtype)
 
 
 def text_shapes(spec, dtype=jnp.float32):

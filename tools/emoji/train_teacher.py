@@ -19,10 +19,11 @@ from captions import variant
 from PIL import Image
 
 from lcm_jax import data, loop, weights
+from lcm_jax.checkpoint import open_folder
 from lcm_jax.diffusion import alpha_sigma, schedule
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
-from lcm_jax.pipeline import Pipeline, read_component
+from lcm_jax.pipeline import Pipeline
 from lcm_jax.text import Tokenizer
 from lcm_jax.train import encode_captions, encode_pictures
 from lcm_jax.tree import cast, count
@@ -115,8 +116,9 @@ def encoded(folder):
 
     -> (vae spec, text spec, (mean, std [N,h,w,C], texts [N,VARIANTS,L,D], null [L,D]) in float16)
     """
-    vae, vae_params = read_component(folder, 'vae')
-    text, text_params = read_component(folder, 'text_encoder')
+    parts = open_folder(folder)
+    vae, vae_params = parts.spec('vae'), parts.load('vae')
+    text, text_params = parts.spec('text_encoder'), parts.load('text_encoder')
     samples, rng = data.emoji('train', STYLES), np.random.default_rng(0)
     read = partial(encode_captions, text, text_params, Tokenizer(folder / 'tokenizer'))
     said = [[s.caption, *(variant(s.caption, rng) for _ in range(VARIANTS - 1))] for s in samples]

@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 from lcm_jax import data, loop, weights
+from lcm_jax.checkpoint import open_folder
 from lcm_jax.models.configs import vae_config
 from lcm_jax.models.vae import VAE, VAESpec
-from lcm_jax.pipeline import read_component
 from lcm_jax.train import batched
 from lcm_jax.tree import cast
 
@@ -88,7 +88,8 @@ def main():
 
     out = Path(args.out)
     if args.decoder_only:
-        spec, params = read_component(out.parent, out.name)
+        parts = open_folder(out.parent)
+        spec, params = parts.spec(out.name), parts.load(out.name)
         frozen = {name: params.pop(name) for name in ('encoder', 'quant_conv')}
     else:
         params = jax.jit(VAE(SPEC).init)(jax.random.key(0), batch_at(0))['params']
