@@ -3,7 +3,7 @@
     python tools/benchmark.py unet --peer diffusers    # SD 1.5's UNet, 512 px, batch 1, float32
     python tools/benchmark.py vae --peer diffusers     # decoding
     python tools/benchmark.py text --peer diffusers
-    JAX_PLATFORMS=cpu python tools/benchmark.py compiled --model sdxl --size 1024 --batch 4 --dtype bfloat16
+    JAX_PLATFORMS=cpu python tools/benchmark.py compiled --model sdxl --size 1024 --dtype bfloat16
 
 Prints seconds (median and least), their ratio, the largest difference of the outputs relative to the
 largest output, and what the compiler says of our program; `compiled` only compiles it, for TPUs that

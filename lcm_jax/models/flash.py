@@ -44,8 +44,8 @@ def _divide(axes, lengths):
 
 def _attention(q, k, v, *, interpret):
     """q [B,H,L,D], k and v [B,H,M,D] -> [B,H,L,D], on one device."""
-    (l, d), m = q.shape[2:], k.shape[2]
-    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
+    l, m = q.shape[2], k.shape[2]
+    k = (k.astype(jnp.float32) * k.shape[3] ** -0.5).astype(k.dtype)  # the shorter, of a text
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, 0))) for x in (q, k, v))
     queries, keys = (next(n for n in BLOCKS if x.shape[2] % n == 0) for x in (q, k))
     sizes = splash.BlockSizes(

@@ -11,12 +11,19 @@ from lcm_jax.models.attention import attend
 LARGE_KERNEL = 2**20  # numbers; below it a product saves no time and costs compilation
 
 
-def to_strips(x, n):
-    """Pictures [B,h,w,C] -> n upright strips of each, [B,h,w/n,n,C].
+def strips_for(samples):
+    """How many strips of each picture TPUs want, by the samples of one device: 8 strips in all.
 
-    UNet and VAE take either and return the same. TPUs want it for fewer than 8 samples a device:
-    their convolutions fill a register's 8 rows with the batch, so XLA cuts smaller ones up and puts
-    them together again around each convolution, which moves more bytes than all else in the network.
+    Their convolutions fill a register's 8 rows with the batch. A smaller one XLA cuts up and puts
+    together again around each convolution, which moves more bytes than all else in a UNet.
+    """
+    return 1 << (7 // samples).bit_length()
+
+
+def to_strips(x, n):
+    """Pictures [B,h,w,C] -> n upright strips of each, [B,h,w/n,n,C]: another batch for convolutions.
+
+    UNet and VAE take either and return the same. w/n must be a multiple of all their strides.
     """
     b, h, w, c = x.shape
     return x.reshape(b, h, n, w // n, c).swapaxes(2, 3)
