@@ -55,6 +55,9 @@ def _attention(q, k, v, *, interpret):
         block_kv_dkv=keys,
         block_q_dq=queries,
         block_kv_dq=keys,
+        q_layout=splash.QKVLayout.SEQ_MINOR,
+        k_layout=splash.QKVLayout.SEQ_MINOR,
+        v_layout=splash.QKVLayout.SEQ_MINOR,
     )
     everything = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * q.shape[1])
     kernel = splash.make_splash_mha_single_device(
