@@ -19,6 +19,7 @@ def attend(q, k, v, *, causal=False):
 
     Memory grows with L + M, not with L * M, in the backward pass too.
     """
+
     def chunked(each):
         def run(q, k, v):
             b, l, h, d = q.shape
