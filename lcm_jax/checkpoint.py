@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from lcm_jax import hub, orbax_io, single, tensors, weights
+from lcm_jax import hub, single, tensors, weights
 from lcm_jax.data import EMOJI
 from lcm_jax.diffusion import KINDS
 from lcm_jax.errors import InputError, choose, nearest
@@ -205,6 +205,8 @@ def open_component(folder, part):
     """A component of a folder -> {checkpoint key: Tensor}. Raises InputError naming the file."""
     folder = folder / part
     if (folder / PARAMS).is_dir():
+        from lcm_jax import orbax_io  # a second to import
+
         return weights.unbind(orbax_io.open_tree(folder / PARAMS))
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     try:

@@ -39,7 +39,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array that is not in memory: `np.asarray` calls `read`, which may raise InputError."""
+    """An array that is not in memory: `np.asarray` calls `read`, which may raise InputError.
+
+    What comes may be a view of the file, read-only, for as long as it lives: copy it to keep it.
+    """
 
     name: str  # file and key, for errors
     shape: tuple[int, ...]
@@ -137,12 +140,15 @@ def open_tensors(file):
         dtype, count = DTYPES[dtype], math.prod(shape)
 
         def read():
-            x = np.fromfile(file, dtype, count, offset=8 + size + data_offsets[0])
-            if x.size != count:
-                raise InputError(f'{file} ends within {key}')
+            if not count:
+                return np.empty(shape, dtype)
+            try:
+                x = np.memmap(file, dtype, 'r', 8 + size + data_offsets[0], tuple(shape))
+            except (OSError, ValueError) as e:
+                raise InputError(f'{file} has changed since it was opened: {e}') from e
             if not finite(x):
                 raise InputError(f'{file}: {key} holds values that are not finite')
-            return x.reshape(shape)
+            return np.asarray(x)
 
         return Tensor(f'{file}: {key}', tuple(shape), dtype, read)
 
@@ -152,7 +158,7 @@ def open_tensors(file):
 def read_tensors(file):
     """A .safetensors file -> ({key: numpy array}, metadata). Raises InputError naming the file."""
     tensors, metadata = open_tensors(file)
-    return {key: np.asarray(x) for key, x in tensors.items()}, metadata
+    return {key: np.array(x) for key, x in tensors.items()}, metadata
 
 
 def write_tensors(file, tensors, metadata=None):

@@ -1,5 +1,6 @@
 """Prompts -> token ids, with transformers' tokenizers."""
 
+import functools
 import gzip
 import tempfile
 import warnings
@@ -88,6 +89,7 @@ class Tokenizer:
         return np.asarray(out, np.int32)
 
 
+@functools.cache
 def vocabulary():
     """CLIP's byte-pair encoding (OpenAI, MIT licence) -> ({token: id}, [(first, second)])."""
     text = gzip.decompress(MERGES.read_bytes()).decode()

@@ -4,6 +4,7 @@ Submodules carry the checkpoint's own names, so a path with its '/' turned into 
 checkpoint's key; what is left to say is the leaf's name and the order of its axes.
 """
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -33,7 +34,7 @@ ALIASES = (
     (r'\.proj_attn\.', '.to_out.0.'),
 )
 
-READERS = 4  # tensors being read at a time; each is on the host once or twice
+READERS = min(4, os.cpu_count())  # tensors on their way to a device at a time
 
 # Keys of old files that hold no weights.
 BUFFERS = re.compile(r'.*\.position_ids')
@@ -131,7 +132,7 @@ def unbind(tree):
 def load(abstract, tensors, source='checkpoint'):
     """{checkpoint key: array or Tensor} -> parameters shaped and typed as `abstract`, in numpy."""
     tree = bind(abstract, tensors, source)
-    return jax.tree.map(lambda a, x: np.asarray(x.astype(a.dtype)), abstract, tree)
+    return jax.tree.map(lambda a, x: np.array(x.astype(a.dtype)), abstract, tree)
 
 
 def dump(params):
@@ -149,7 +150,7 @@ def place(tree, sharding=None):
     homes = jax.tree.leaves(homes, is_leaf=lambda x: x is None)
 
     def put(x, home):
-        return jax.device_put(np.asarray(x), home).block_until_ready()
+        return jax.device_put(np.asarray(x), home, may_alias=False).block_until_ready()
 
     with ThreadPoolExecutor(READERS) as pool:
         return jax.tree.unflatten(structure, pool.map(put, leaves, homes))

@@ -3,6 +3,8 @@
 Linen infers widths from inputs, so each function passes the smallest ones that fit.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -21,11 +23,21 @@ def _floats(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _repeated(tree, name, layers):
+    """The tree with its first of equal layers, `name` + '0', in `layers` places: traced once."""
+    one = tree.pop(name + '0')
+    return tree | {f'{name}{i}': one for i in range(layers)}
+
+
 def unet_shapes(spec, dtype=jnp.float32):
     """UNetSpec -> the parameter tree of `UNet(spec)`."""
     side = 2 ** (len(spec.widths) - 1)
-    return abstract(
-        UNet(spec),
+    down, up = (
+        tuple(tuple(min(depth, 1) for depth in level) for level in way)
+        for way in (spec.down, spec.up)
+    )
+    tree = abstract(
+        UNet(dataclasses.replace(spec, down=down, mid=spec.mid and 1, up=up)),
         _floats(1, side, side, spec.in_channels),
         _floats(1),
         _floats(1, 1, spec.context_dim),
@@ -34,6 +46,14 @@ def unet_shapes(spec, dtype=jnp.float32):
         w=_floats(1, spec.w_dim) if spec.w_dim else None,
         dtype=dtype,
     )
+    blocks = {f'down_blocks.{i}': level for i, level in enumerate(spec.down)}
+    blocks |= {f'up_blocks.{i}': level for i, level in enumerate(spec.up)}
+    for block, level in (blocks | {'mid_block': (spec.mid or 0,)}).items():
+        for j, depth in enumerate(level):
+            if depth:
+                name = f'{block}.attentions.{j}'
+                tree[name] = _repeated(tree[name], 'transformer_blocks.', depth)
+    return tree
 
 
 def vae_shapes(spec, dtype=jnp.float32):
@@ -43,11 +63,13 @@ def vae_shapes(spec, dtype=jnp.float32):
 
 def text_shapes(spec, dtype=jnp.float32):
     """TextSpec -> the parameter tree of `TextEncoder(spec)`."""
-    return abstract(
-        TextEncoder(spec), jax.ShapeDtypeStruct((1, spec.length), jnp.int32), dtype=dtype
-    )
+    ids = jax.ShapeDtypeStruct((1, spec.length), jnp.int32)
+    tree = abstract(TextEncoder(dataclasses.replace(spec, layers=1)), ids, dtype=dtype)
+    return _repeated(tree, 'text_model.encoder.layers.', spec.layers)
 
 
 def vision_shapes(spec, dtype=jnp.float32):
     """VisionSpec -> the parameter tree of `ImageEncoder(spec)`."""
-    return abstract(ImageEncoder(spec), _floats(1, spec.size, spec.size, 3), dtype=dtype)
+    pictures = _floats(1, spec.size, spec.size, 3)
+    tree = abstract(ImageEncoder(dataclasses.replace(spec, layers=1)), pictures, dtype=dtype)
+    return _repeated(tree, 'vision_model.encoder.layers.', spec.layers)
