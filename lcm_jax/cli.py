@@ -56,7 +56,13 @@ def sample(args):
     if len(args.scale) > len(args.lora):
         raise InputError(f'{len(args.scale)} --scale for {len(args.lora)} --lora; one each at most')
     image, mask = (file and read_picture(file) for file in (args.image, args.mask))
-    pipe = Pipeline.load(args.model, args.dtype, args.vae_dtype, vae=args.vae)
+    pipe = Pipeline.load(
+        args.model,
+        args.dtype,
+        args.vae_dtype,
+        vae=args.vae,
+        prediction_type=args.prediction_type,
+    )
     scales = args.scale + [1.0] * (len(args.lora) - len(args.scale))
     for file, scale in zip(args.lora, scales, strict=True):
         pipe.add_lora(file, scale=scale)
@@ -161,6 +167,7 @@ def sample_arguments(p):
     add('--out', type=Path, default='out.png', help='picture file; default: out.png')
     add('--model', default='emoji', help="'emoji' (the default), a folder, a file or a hub id")
     add('--vae', help='a model or folder with another VAE, such as TAESD for previews')
+    add('--prediction-type', help='of a file that does not say, e.g. v_prediction')
     add('--dtype', choices=DTYPES, help='default: bfloat16, on CPUs float32')
     add('--vae-dtype', choices=DTYPES, default='float32', help='default: float32')
 

@@ -5,11 +5,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax import samplers
 from lcm_jax.conditioning import guidance_embedding
 from lcm_jax.diffusion import alpha_sigma, denoiser, guided
+from lcm_jax.errors import InputError
 from lcm_jax.models.tiny import TinySpec, autoencoder
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.vae import VAESpec
@@ -63,6 +65,36 @@ def draw(plan, params, abar, rows, pictures, times, guidance, pure):
     return run(params, abar, rows, pictures, times, guidance, pure)
 
 
+def on_mesh(mesh, rows, pictures):
+    """`draw`'s rows and pictures laid out on the mesh in equal parts: repeated until they are."""
+    if mesh is None:
+        return rows, pictures
+    n = len(rows['noise'])
+    each = np.arange(n + -n % mesh.shape['data']) % n
+    pictures = {k: x if len(x) == 1 else x[each] for k, x in pictures.items()}
+    rows = jax.tree.map(lambda x: x[each], rows)
+    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec('data'))), pictures
+
+
+def check_finite(finite, params):
+    """finite as `draw` gives it. InputError that names the first part that failed, and its dtype."""
+    finite = np.asarray(finite)
+    if finite.all():
+        return
+    part = PARTS[int(np.argmin(finite.all(0)))]
+    name, option = ('vae', 'vae_dtype') if 'VAE' in part else ('unet', 'dtype')
+    dtype = jax.tree.leaves(params[name])[0].dtype
+    advice = (
+        'look for broken weights, and for LoRA scales or guidance that are too high'
+        if dtype == jnp.float32
+        else f'load the model with {option} float32'
+    )
+    raise InputError(
+        f'{(~finite.all(1)).sum()} of {len(finite)} pictures are not finite: the {part} gave NaN '
+        f'or infinity in {dtype}; {advice}'
+    )
+
+
 def _draw(plan, params, abar, rows, pictures, times, guidance, pure):
     noise, z, mask = samplers.fresh(rows['keys']), rows['noise'], pictures.get('mask')
     latents = {  # each from noise of its own, beyond that of the steps
@@ -97,17 +129,15 @@ def _model(plan, params, abar, rows, channels, guidance):
     """-> the function (z, t) -> Pred that the solver sees, guided where there is a null condition."""
     cond, null = rows['cond'], rows.get('null')
     if plan.unet.w_dim:
-        w = jnp.full(len(rows['noise']), guidance - 1, jnp.float32)
+        w = jnp.full(len(rows['noise']), guidance - 1.0)
         cond = cond | {'w': guidance_embedding(w, plan.unet.w_dim)}
-    dtype = cond['context'].dtype
     if null is not None:
-        both = cond, null
-        cond = jax.tree.map(lambda *c: jnp.concatenate(c), *both)
+        cond = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
         channels = [jnp.concatenate([c, c]) for c in channels]
 
     def net(z, t):
         z = jnp.concatenate([z, *channels], -1)
-        return apply_unet(plan.unet, params, z.astype(dtype), t, **cond)
+        return apply_unet(plan.unet, params, z, t, **cond)
 
     model = denoiser(net, plan.prediction_type, abar)
     return model if null is None else guided(model, guidance)

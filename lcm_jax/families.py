@@ -35,6 +35,8 @@ ONLY = {'_class_name': tuple(FAMILIES), 'requires_aesthetics_score': (False,)}
 
 def read_family(index, source='model_index.json'):
     """model_index.json as a dict -> Family. Raises InputError for what is not supported."""
+    if not index:
+        raise InputError(f'no such file: {source}')
     index = Config(index, ONLY, source)
     family = FAMILIES[index['_class_name']]
     zero = index.get('force_zeros_for_empty_prompt', family.zero_null)

@@ -14,7 +14,7 @@ from lcm_jax import adapters, images, request, samplers
 from lcm_jax.adapters import Adapter
 from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model, open_part
 from lcm_jax.conditioning import encode_text, micro_conditioning
-from lcm_jax.draw import PARTS, Plan, apply_unet, draw
+from lcm_jax.draw import Plan, apply_unet, check_finite, draw, on_mesh
 from lcm_jax.errors import InputError, choose
 from lcm_jax.families import Family, check_channels, read_family, takes_mask
 from lcm_jax.scheduler import Schedule, read_schedule
@@ -42,8 +42,18 @@ class Pipeline:
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def load(cls, name, dtype=None, vae_dtype=jnp.float32, *, vae=None, mesh=None, sharding=None):
-        """A model (see `checkpoint.open_model`) -> Pipeline.
+    def load(
+        cls,
+        name,
+        dtype=None,
+        vae_dtype=jnp.float32,
+        *,
+        vae=None,
+        prediction_type=None,
+        mesh=None,
+        sharding=None,
+    ):
+        """A model and, if need be, its prediction type (see `checkpoint.open_model`) -> Pipeline.
 
         dtype: of the UNet and the text encoders; default bfloat16, on CPUs float32. vae: a model or
         a folder whose VAE replaces the model's own, such as TAESD for fast previews.
@@ -51,7 +61,7 @@ class Pipeline:
         component -> sharding, or tree of them, of its parameters; default: whole on every device.
         Raises InputError for what is missing, does not fit or is not supported.
         """
-        ckpt = open_model(name)
+        ckpt = open_model(name, prediction_type)
         family = read_family(ckpt.index, ckpt.folder / INDEX)
         schedule = read_schedule(ckpt.scheduler, ckpt.folder / SCHEDULER)
         sources = dict.fromkeys(('unet', 'vae', *family.text_encoders), ckpt)
@@ -217,8 +227,6 @@ class Pipeline:
             raise InputError(
                 f'nothing to draw: {len(prompts)} prompts, count = {count}; both must be 1 or more'
             )
-        if not 0 <= seed < 2**32:
-            raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
         unet, vae = self.specs['unet'], self.specs['vae']
         sampler, guidance, guided = request.manner(
             sampler,
@@ -229,76 +237,52 @@ class Pipeline:
             default=self.family.guidance,
         )
         strength, pure = request.start(image, mask, strength, timesteps, takes_mask(unet, vae))
-        if timesteps is None:
-            steps = (4 if sampler == 'lcm' else 50) if steps is None else steps
-            times = self.schedule.times(sampler, steps, spacing, strength)
-        else:
-            times = self.schedule.custom_times(sampler, timesteps, steps)
-            steps = len(times) - 1
+        steps, times = self._times(sampler, steps, timesteps, spacing, strength)
         image, mask = (
             images.as_list(x, len(prompts), what) for x, what in ((image, 'image'), (mask, 'mask'))
         )
         size = size or (request.picture_size(image, vae.factor) if image else self.size)
-        shape = (n, *self.latent_shape(size))
-        keys = _keys(np.uint32(seed), n)
-        if latents is None:
-            latents = samplers.fresh(keys)(len(self.schedule.abar), shape)  # a number no step has
-        elif np.shape(latents) != shape:
-            raise InputError(f'latents of shape {np.shape(latents)}; these pictures need {shape}')
+        rows = self._noise(seed, (n, *self.latent_shape(size)), latents)
         sizes = self.sizes(size, original_size, crop, target_size)
-        rows = {'cond': self.encode_text(prompts, clip_skip, truncate) | sizes}
+        told = {'cond': self.encode_text(prompts, clip_skip, truncate) | sizes}
         if guided:
-            rows['null'] = self.encode_null(negative, truncate) | sizes
-        rows = jax.tree.map(lambda x: jnp.repeat(x, n // len(x), 0), rows)
-        rows |= {'noise': jnp.asarray(latents, jnp.float32), 'keys': keys}
+            told['null'] = self.encode_null(negative, truncate) | sizes
+        rows |= jax.tree.map(lambda x: jnp.repeat(x, n // len(x), 0), told)
         pictures = {
             name: x if len(x) == 1 else np.repeat(x, count, 0)
             for name, x in request.pictures(image, mask, size, unet, vae, pure).items()
         }
+        kind, short = self.schedule.prediction_type, steps < samplers.SHORT
         drawn, finite = draw(
-            Plan(
-                unet,
-                vae,
-                self.schedule.prediction_type,
-                sampler,
-                steps < samplers.SHORT,
-                self.mesh,
-            ),
+            Plan(unet, vae, kind, sampler, short, self.mesh),
             {part: self.merged[part] for part in ('unet', 'vae')},
             self.schedule.abar,
-            *self._split(n, rows, pictures),
+            *on_mesh(self.mesh, rows, pictures),
             times,
             guidance,
             pure,
         )
-        self._check_finite(np.asarray(finite)[:n])
+        check_finite(finite[:n], self.params)
         return images.pictures(drawn[:n])
 
-    def _split(self, n, rows, pictures):
-        """Rows of n pictures, and pictures, laid out on the mesh: equal parts, so padded."""
-        if self.mesh is None:
-            return rows, pictures
-        each = np.arange(n + -n % self.mesh.shape['data']) % n
-        split = NamedSharding(self.mesh, PartitionSpec('data'))
-        pictures = {k: x if len(x) == 1 else x[each] for k, x in pictures.items()}
-        return jax.device_put(jax.tree.map(lambda x: x[each], rows), split), pictures
+    def _times(self, sampler, steps, timesteps, spacing, strength):
+        """-> number of steps without regard to strength, times [m+1]."""
+        if timesteps is None:
+            steps = (4 if sampler == 'lcm' else 50) if steps is None else steps
+            return steps, self.schedule.times(sampler, steps, spacing, strength)
+        times = self.schedule.custom_times(sampler, timesteps, steps)
+        return len(times) - 1, times
 
-    def _check_finite(self, finite):
-        """finite [N, len(PARTS)]. InputError that names the first part that failed."""
-        if finite.all():
-            return
-        part = PARTS[int(np.argmin(finite.all(0)))]
-        name, option = ('vae', 'vae_dtype') if 'VAE' in part else ('unet', 'dtype')
-        dtype = jax.tree.leaves(self.params[name])[0].dtype
-        advice = (
-            'look for broken weights, and for LoRA scales or guidance that are too high'
-            if dtype == jnp.float32
-            else f'load the model with {option} float32'
-        )
-        raise InputError(
-            f'{(~finite.all(1)).sum()} of {len(finite)} pictures are not finite: the {part} gave '
-            f'NaN or infinity in {dtype}; {advice}'
-        )
+    def _noise(self, seed, shape, latents):
+        """-> {'keys' [N], 'noise' [N,h,w,C]}: each picture's own, whatever the batch."""
+        if not 0 <= seed < 2**32:
+            raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
+        keys = _keys(np.uint32(seed), shape[0])
+        if latents is None:
+            latents = samplers.fresh(keys)(len(self.schedule.abar), shape)  # a number no step has
+        elif np.shape(latents) != shape:
+            raise InputError(f'latents of shape {np.shape(latents)}; these pictures need {shape}')
+        return {'keys': keys, 'noise': jnp.asarray(latents, jnp.float32)}
 
 
 def _default_dtype(mesh):

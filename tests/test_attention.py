@@ -87,8 +87,12 @@ def test_no_array_of_tokens_by_tokens(fn, count):
 
 
 @pytest.mark.parametrize('platform', ['cuda', 'rocm', 'tpu'])
-def test_lowers_for_another_platform(platform):
-    fn = lambda *args: with_gradients(*args, True)  # noqa: E731
+@pytest.mark.parametrize('causal', [True, False])
+def test_lowers_for_another_platform(platform, causal):
+    fn = lambda *args: with_gradients(*args, causal)  # noqa: E731
     text = jax.jit(fn).trace(*[LARGE] * 4).lower(lowering_platforms=(platform,)).as_text()
     assert '4096x4096' not in text
-    assert f'8x{BLOCK // 4096}x4096xf32' in text  # heads side by side
+    if platform == 'tpu' and not causal:
+        assert 'tpu_custom_call' in text
+    else:
+        assert f'8x{BLOCK // 4096}x4096xf32' in text  # heads side by side

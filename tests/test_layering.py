@@ -14,14 +14,16 @@ LAYERS = [
     line.split()
     for line in """
     errors original
-    tree diffusion data text tensors hub metrics grid models.attention
+    tree diffusion data text tensors hub metrics grid models.flash
+    models.attention
     weights orbax_io lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.tiny
     models.configs models.shapes models.zoo distill loop lora_files.dialects conditioning images
-    infer lora_files.family lora_files.methods lora_files.algebra lora_files.peft_config
-    single lora_files.programs lora_files.files lora_files.describe
-    checkpoint scheduler families adapters draw
+    infer lora_files.family lora_files.algebra lora_files.peft_config
+    single lora_files.methods lora_files.programs
+    lora_files.files lora_files.describe
+    checkpoint scheduler families adapters draw plan
     request
     pipeline
     lcm_jax train convert lora_files.verbs

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from jax import lax
 
-from lcm_jax.models.layers import LARGE_KERNEL, conv3
+from lcm_jax.models.layers import LARGE_KERNEL, Conv3, from_strips, to_strips
 
 
 @pytest.mark.parametrize('strides', [1, 2])
 @pytest.mark.parametrize('shape', [(2, 5, 4, 240), (1, 1, 1, 240), (1, 20, 26, 240)])
 def test_conv_equals_xla(shape, strides):
     """Pictures smaller than a large kernel, where CPUs take a matrix product, and a larger one."""
-    x, layer = jax.random.normal(jax.random.key(0), shape), conv3(512, strides=strides)
+    x, layer = jax.random.normal(jax.random.key(0), shape), Conv3(512, strides=strides)
     params = layer.init(jax.random.key(1), x)['params']
     assert params['kernel'].size >= LARGE_KERNEL
     if x.size // x.shape[-1] <= 512:
@@ -37,3 +37,18 @@ def test_conv_equals_xla(shape, strides):
     ours = jax.jit(with_gradients, static_argnums=0)(lambda p, x: layer.apply({'params': p}, x))
     theirs = jax.jit(with_gradients, static_argnums=0)(direct)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ('strides', 'padding'), [(1, ((1, 1), (1, 1))), (2, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1)))]
+)
+def test_conv_of_strips(strides, padding):
+    x, layer = jax.random.normal(jax.random.key(0), (2, 6, 8, 3)), Conv3(5, strides, padding)
+    params = layer.init(jax.random.key(1), x)
+    whole = layer.apply(params, x)
+    for n in (1, 2, 4):
+        parts = from_strips(layer.apply(params, to_strips(x, n)))
+        np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
+    if strides == 2:
+        with pytest.raises(ValueError, match='strips 1 columns wide'):
+            layer.apply(params, to_strips(x, 8))

@@ -14,13 +14,12 @@ import torch
 from test_lora import SPEC, adapter, randomised, relative
 
 from lcm_jax import lora, weights
-from lcm_jax.errors import InputError
 from lcm_jax.lora_files import files
 from lcm_jax.lora_files.dialects import WRITTEN
 from lcm_jax.lora_files.files import read_lora, write_lora
 from lcm_jax.models import configs
 from lcm_jax.models.shapes import text_shapes, unet_shapes
-from lcm_jax.models.zoo import MODELS
+from lcm_jax.tensors import read_tensors, write_tensors
 from lcm_jax.tree import named
 
 torch.set_num_threads(1)
@@ -51,14 +50,14 @@ def test_write_and_read_back(tmp_path, dialect, dtype, tolerance, alpha):
         ours = back['unet'][path]
         assert ours['down'].dtype == ours['up'].dtype == np.float32
         assert relative(lora.delta(ours), lora.delta(ab)) < tolerance, path
-    tensors, _ = weights.read_tensors(file)
+    tensors, _ = read_tensors(file)
     assert {str(x.dtype) for x in tensors.values()} == {dtype}
     assert len(tensors) == len(adapter()) * len(WRITTEN[dialect])
 
 
 def test_files_are_written_in_the_published_form(tmp_path):
     write(tmp_path / 'k', alpha=8)
-    tensors, metadata = weights.read_tensors(tmp_path / 'k')
+    tensors, metadata = read_tensors(tmp_path / 'k')
     name = 'lora_unet_down_blocks_0_downsamplers_0_conv'
     assert tensors[f'{name}.lora_down.weight'].shape == (4, 8, 3, 3)
     assert tensors[f'{name}.lora_up.weight'].shape == (8, 4, 1, 1)
@@ -67,10 +66,10 @@ def test_files_are_written_in_the_published_form(tmp_path):
     name = 'lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k'
     assert tensors[f'{name}.lora_down.weight'].shape == (4, 12)
     write(tmp_path / 's', dialect='kohya-sgm')
-    tensors, _ = weights.read_tensors(tmp_path / 's')
+    tensors, _ = read_tensors(tmp_path / 's')
     assert tensors['lora_unet_input_blocks_2_0_op.lora_down.weight'].shape == (4, 8, 3, 3)
     write(tmp_path / 'p', alpha=8, dialect='peft')
-    tensors, metadata = weights.read_tensors(tmp_path / 'p')
+    tensors, metadata = read_tensors(tmp_path / 'p')
     to_out = 'unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0.lora_A.weight'
     assert to_out in tensors
     config = json.loads(metadata['lora_adapter_metadata'])
@@ -80,28 +79,23 @@ def test_files_are_written_in_the_published_form(tmp_path):
 @pytest.mark.parametrize(
     ('model', 'text', 'unet'),
     [
-        ('sd15', 'lora_te_text_model', 'lora_unet_down_blocks_0'),
-        ('sd21', 'lora_te_text_model', 'lora_unet_down_blocks_0'),
-        ('sdxl', 'lora_te1_text_model', 'lora_unet_input_blocks_4_1'),
-        ('ssd1b', 'lora_te1_text_model', 'lora_unet_input_blocks_4_1'),
+        ('sd15', 'lora_te_text_model', 'lora_unet_down_blocks_'),
+        ('sd21', 'lora_te_text_model', 'lora_unet_down_blocks_'),
+        ('sdxl', 'lora_te1_text_model', 'lora_unet_input_blocks_'),
+        ('ssd1b', 'lora_te1_text_model', 'lora_unet_input_blocks_'),
     ],
 )
 def test_the_default_dialect_is_the_models(tmp_path, model, text, unet):
     models = lora_dialects.full_size(model)
-    spots = {c: {p for d, p, *_ in lora_dialects.adapted(models) if d == c} for c in models}
-    pairs = {
-        c: {
-            path: {
-                'down': np.ones((*w.shape[:-1], 1)),
-                'up': np.ones((*(1,) * (w.ndim - 1), w.shape[-1])),
-            }
-            for path, w in named(models[c])
-            if path in spots[c]
-        }
-        for c in models
-    }
+    spots = [(c, p) for c, p, *_ in lora_dialects.adapted(models)][::29]
+    pairs = {c: {} for c in models}
+    for component, params in models.items():
+        for path, w in named(params):
+            if (component, path) in spots:
+                up = np.ones((*(1,) * (w.ndim - 1), w.shape[-1]))
+                pairs[component][path] = {'down': np.ones((*w.shape[:-1], 1)), 'up': up}
     write_lora(tmp_path / 'f', pairs, models, alpha=1)
-    keys = [*weights.read_tensors(tmp_path / 'f')[0]]
+    keys = [*read_tensors(tmp_path / 'f')[0]]
     prefixes = [text, unet, *(['lora_te2_text_model'] if 'text_encoder_2' in models else [])]
     assert all(any(key.startswith(prefix) for key in keys) for prefix in prefixes)
 
@@ -117,18 +111,18 @@ def test_small_updates_can_be_written(tmp_path, size):
 
 def test_missing_alpha_means_scale_one(tmp_path):
     write(tmp_path / 'f', dtype=np.float32)
-    tensors, _ = weights.read_tensors(tmp_path / 'f')
+    tensors, _ = read_tensors(tmp_path / 'f')
     tensors = {k: x for k, x in tensors.items() if not k.endswith('alpha')}
-    weights.write_tensors(tmp_path / 'g', tensors)
+    write_tensors(tmp_path / 'g', tensors)
     assert relative(read(tmp_path / 'g'), adapter()) < 1e-6
 
 
 def test_every_layer_has_its_own_rank_and_alpha(tmp_path):
     write(tmp_path / 'f', mixed_ranks(), alpha=4, dtype=np.float32)
-    tensors, _ = weights.read_tensors(tmp_path / 'f')
+    tensors, _ = read_tensors(tmp_path / 'f')
     tensors[f'{CONV}.alpha'] = np.array(12, np.float32)  # three times the others'
     tensors[f'{TO_Q}.alpha'] = np.array([2], np.float32)  # half, and of one axis
-    weights.write_tensors(tmp_path / 'g', tensors)
+    write_tensors(tmp_path / 'g', tensors)
     back = read(tmp_path / 'g')
     for path, ab in mixed_ranks().items():
         factor = {'mid_block.resnets.0/conv1': 3, to_path(TO_Q): 0.5}.get(
@@ -140,13 +134,13 @@ def test_every_layer_has_its_own_rank_and_alpha(tmp_path):
 def test_a_matrix_for_a_1x1_convolution_and_the_reverse(tmp_path):
     """SD 1's proj_in is a convolution, SD 2's a matrix; files of both kinds are found for both."""
     write(tmp_path / 'f', dtype=np.float32)
-    tensors, _ = weights.read_tensors(tmp_path / 'f')
+    tensors, _ = read_tensors(tmp_path / 'f')
     other = {}
     for key, x in tensors.items():
         proj, matrix = 'proj_in' in key and x.ndim, '_attn1_' in key and x.ndim
         other[key] = x[:, :, 0, 0] if proj else x[:, :, None, None] if matrix else x
     assert sum(x.ndim != tensors[key].ndim for key, x in other.items()) > 20
-    weights.write_tensors(tmp_path / 'g', other)
+    write_tensors(tmp_path / 'g', other)
     jax.tree.map(np.testing.assert_array_equal, read(tmp_path / 'g'), read(tmp_path / 'f'))
 
 
@@ -304,7 +298,7 @@ def test_what_diffusers_drops_of_other_files(tmp_path, diffusers_loads, kind, di
 
     models, file = small_pipeline(kind)[1], tmp_path / 'lora.safetensors'
     tensors = lora_dialects.DIALECTS[dialect](lora_dialects.peft(models, rank=2))
-    weights.write_tensors(file, tensors)
+    write_tensors(file, tensors)
     spots = {part: files.modules(params) for part, params in models.items()}
     found = files.locate(tensors, spots, file)
     ours, _ = read_lora(file, models)
@@ -416,7 +410,7 @@ def lycoris():
 def test_lycoris(tmp_path, case):
     name, tensors, want = lycoris()[case]
     tensors = {f'{name}.{leaf}': np.array(x, np.float32, order='C') for leaf, x in tensors.items()}
-    weights.write_tensors(tmp_path / 'f', tensors)
+    write_tensors(tmp_path / 'f', tensors)
     (path, ab), *more = read(tmp_path / 'f').items()
     delta = lora.delta(ab)
     assert (
@@ -453,212 +447,3 @@ def test_what_peft_saves_of_its_own(tmp_path, rslora):
     assert len(got) == len(want) == len(ab)
     for key, x in want.items():
         assert relative(got[key], x) < 1e-5, key
-
-
-# Bad files: one line that names the file, and nothing written
-
-
-def edited(tmp_path, edit, dialect='kohya'):
-    """A good file after `edit(tensors, metadata)`."""
-    write(tmp_path / 'good.safetensors', dialect=dialect)
-    tensors, metadata = weights.read_tensors(tmp_path / 'good.safetensors')
-    edit(tensors, metadata)
-    weights.write_tensors(tmp_path / 'bad.safetensors', tensors, metadata)
-    return tmp_path / 'bad.safetensors'
-
-
-def refused(file, message, models=MODEL):
-    with pytest.raises(InputError) as e:
-        read_lora(file, models)
-    said = str(e.value)
-    assert '\n' not in said and file.name in said and re.search(message, said), said
-
-
-def rename(old, new):
-    def edit(tensors, metadata):
-        tensors[new] = tensors.pop(old)
-
-    return edit
-
-
-def change(key, fn):
-    def edit(tensors, metadata):
-        tensors[key] = np.asarray(fn(tensors[key]))
-
-    return edit
-
-
-def both(*edits):
-    def edit(tensors, metadata):
-        for e in edits:
-            e(tensors, metadata)
-
-    return edit
-
-
-MISFIT = r'1 of 79 modules do not fit the weight \(mid_block\.\S+ has \(.*\) for \(.*\)\)'
-NAN = 'holds? values that are not finite'
-
-
-@pytest.mark.parametrize(
-    ('edit', 'message'),
-    [
-        (lambda tensors, _: tensors.clear(), 'holds no tensors'),
-        (
-            lambda tensors, _: tensors.pop(f'{CONV}.lora_up.weight'),
-            r'1 of 79 modules are incomplete \(mid_block\.resnets\.0\.conv1 lacks up beside down\)',
-        ),
-        (
-            both(
-                lambda tensors, _: tensors.pop(f'{CONV}.lora_down.weight'),
-                lambda tensors, _: tensors.pop(f'{TO_Q}.lora_down.weight'),
-            ),
-            r'2 of 79 modules are incomplete \(\S+ lacks down beside up, \S+ lacks down beside up\)',
-        ),
-        (lambda tensors, _: tensors.update({f'{TO_Q}.lokr_w1': draw(2, 2)}), 'are incomplete'),
-        (
-            rename(f'{TO_Q}.lora_up.weight', TO_Q.replace('to_q', 'to_qq') + '.lora_up.weight'),
-            r'1 of \d+ tensors belong to no module .*kohya, kohya-sgm, peft.*'
-            rf"did you mean '{TO_Q}\.lora_up\.weight'.*nothing was loaded$",
-        ),
-        (
-            rename(
-                f'{TO_Q}.lora_up.weight',
-                'lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight',
-            ),
-            'belong to no module .*nothing was loaded',
-        ),
-        (
-            lambda tensors, _: tensors.update(
-                {'unet.' + to_path(TO_Q).replace('/', '.') + '.lora_A.weight': draw(4, 16)}
-            ),
-            rf'1 of \d+ tensors are given twice \({TO_Q}\.lora_down\.weight and unet\.mid',
-        ),
-        (change(f'{CONV}.lora_down.weight', lambda x: x[:, :5]), MISFIT),
-        (change(f'{CONV}.lora_down.weight', lambda x: x[:2]), MISFIT),
-        (change(f'{CONV}.lora_down.weight', lambda x: x[:0]), MISFIT),
-        (
-            both(
-                change(f'{CONV}.lora_down.weight', lambda x: x[:0]),
-                change(f'{CONV}.lora_up.weight', lambda x: x[:, :0]),
-            ),
-            MISFIT,
-        ),
-        (change(f'{CONV}.lora_down.weight', lambda x: x.reshape(4, 9, 4, 4)), MISFIT),
-        (change(f'{CONV}.lora_down.weight', lambda x: x.ravel()), MISFIT),
-        (change(f'{CONV}.lora_down.weight', lambda x: x[0, 0, 0, 0]), MISFIT),
-        (change(f'{CONV}.lora_up.weight', lambda x: np.tile(x, (1, 1, 3, 3))), MISFIT),
-        (change(f'{TO_Q}.lora_up.weight', lambda x: x[None]), MISFIT),
-        (
-            change(f'{TO_Q}.alpha', lambda x: np.ones(3, np.float16)),
-            r'modules have an alpha that is not one number \(\S+to_q of shape \(3,\)\)',
-        ),
-        (change(f'{TO_Q}.alpha', lambda x: np.nan), rf'attn1_to_q\.\S+ {NAN}'),
-        (change(f'{TO_Q}.lora_up.weight', lambda x: x * np.nan), rf'attn1_to_q\.\S+ {NAN}'),
-        (change(f'{TO_Q}.lora_down.weight', lambda x: x * np.inf), NAN),
-        *(
-            (
-                rename(f'{TO_Q}.lora_up.weight', f'{stem}.{leaf}'),
-                rf'is a {method} file \(1 tensors such as .*not supported; nothing was loaded',
-            )
-            for stem, leaf, method in (
-                (TO_Q, 'dora_scale', 'DoRA'),
-                (TO_Q, 'lora_magnitude_vector', 'DoRA'),
-                (TO_Q, 'oft_blocks', 'OFT'),
-                (TO_Q, 'diff', 'full-difference'),
-                ('unet.mid_block.attentions.0', 'hada_w1_a.default', 'LoHa'),
-            )
-        ),
-    ],
-)
-def test_bad_files(tmp_path, edit, message):
-    refused(edited(tmp_path, edit), message)
-
-
-@pytest.mark.parametrize(
-    ('value', 'message'),
-    [
-        ('not JSON', 'lora_adapter_metadata is not a peft config in JSON'),
-        ('[1]', 'its peft config is a list'),
-        ('{"unet.lora_alpha": "four"}', 'lora_alpha in its peft config is not a finite number'),
-        ('{"unet.alpha_pattern": [3]}', 'is not a finite number'),
-        ('{"unet.alpha_pattern": {"to_q": "x"}}', 'is not a finite number'),
-        ('{"unet.alpha_pattern": {"to_q[": 2}}', 'alpha_pattern .*to_q'),
-        ('{"unet.use_dora": true}', 'DoRA in its peft config is not supported'),
-        ('{"unet.init_lora_weights": "pissa_niter_4"}', 'pissa_niter_4 .* is not supported'),
-        ('{"unet.lora_alpha": NaN}', 'not a finite number'),
-    ],
-)
-def test_bad_peft_metadata(tmp_path, value, message):
-    def edit(_, metadata):
-        metadata.update(lora_adapter_metadata=value)
-
-    refused(edited(tmp_path, edit, 'peft'), message)
-
-
-@pytest.mark.parametrize('keep', [0, 7, 100, 0.5, -1])
-def test_truncated_files(tmp_path, keep):
-    file = edited(tmp_path, lambda *_: None)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(keep * len(whole))] if isinstance(keep, float) else whole[:keep])
-    refused(file, 'is not a readable safetensors file')
-
-
-def test_a_missing_file(tmp_path):
-    refused(tmp_path / 'nowhere.safetensors', 'no such file')
-
-
-@pytest.mark.parametrize('model', ['sd15', 'sdxl'])
-def test_a_lora_for_another_base(tmp_path, model):
-    refused(
-        edited(tmp_path, lambda *_: None),
-        r'\d+ of 79 modules do not fit the weight|belong to no module',
-        {'unet': unet_shapes(MODELS[model].unet)},
-    )
-
-
-@pytest.mark.parametrize(
-    ('kwargs', 'message'),
-    [
-        ({'alpha': 0}, 'LoRA alpha = 0; float16 files take a positive number'),
-        ({'alpha': -4}, 'LoRA alpha = -4'),
-        ({'alpha': 1e6}, 'LoRA alpha = 1000000'),
-        (
-            {'dialect': 'kohia'},
-            r"unknown LoRA dialect to write 'kohia' \(did you mean 'kohya'\?\)",
-        ),
-        (
-            {'alpha': 1e-5},
-            r'lora\.safetensors in float16: 79 of 237 tensors hold values that are not finite',
-        ),
-    ],
-)
-def test_what_cannot_be_written_is_not(tmp_path, kwargs, message):
-    with pytest.raises(InputError, match=message):
-        write(tmp_path / 'lora.safetensors', **kwargs)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_diverged_adapter_is_not_written(tmp_path):
-    broken = jax.tree.map(lambda x: x * np.nan, adapter())
-    with pytest.raises(InputError, match='hold values that are not finite'):
-        write(tmp_path / 'lora.safetensors', broken)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('damage', ['scaled', 'lost'])
-def test_a_file_that_reads_back_otherwise_is_not_left_behind(tmp_path, monkeypatch, damage):
-    """As by a disk, or by a reader and a writer that do not agree."""
-    real = weights.write_tensors
-
-    def disk(file, tensors, metadata):
-        if damage == 'lost':
-            tensors = {k: x for k, x in tensors.items() if not k.startswith(TO_Q)}
-        else:
-            tensors = tensors | {f'{TO_Q}.lora_up.weight': tensors[f'{TO_Q}.lora_up.weight'] * 1.01}
-        real(file, tensors, metadata)
-
-    monkeypatch.setattr(files.weights, 'write_tensors', disk)
-    with pytest.raises(InputError, match=r'lora\.safetensors: .* read back'):
-        write(tmp_path / 'lora.safetensors')
-    assert not list(tmp_path.iterdir())

@@ -17,13 +17,14 @@ from conftest import randomise
 from PIL import Image
 
 import lcm_jax
-from lcm_jax import lora, samplers
+from lcm_jax import data, lora, samplers, train
 from lcm_jax import pipeline as module
+from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels
-from lcm_jax.lora_io import write_lora
+from lcm_jax.lora_files.files import write_lora
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.tree import map_named
+from lcm_jax.tree import map_named, named
 
 PROMPTS = ['red heart, noto emoji', 'grinning cat, twemoji']
 SCHEDULERS = {
@@ -128,6 +129,13 @@ def draw_theirs(
     arguments = {'num_inference_steps': steps, 'guidance_scale': options['guidance']}
     if options.get('negative') is not None:
         arguments['negative_prompt'] = [options['negative']] * len(PROMPTS)
+    for mine, other in (
+        ('original_size', 'original_size'),
+        ('crop', 'crops_coords_top_left'),
+        ('target_size', 'target_size'),
+    ):
+        if mine in options:
+            arguments[other] = options[mine]
     if strength is not None:
         arguments['strength'] = strength
         if sampler == 'lcm' and 'LatentConsistency' not in type(theirs).__name__:
@@ -147,6 +155,7 @@ def draw_theirs(
     return theirs(list(PROMPTS), **arguments).images
 
 
+SIZES = {'original_size': (24, 56), 'crop': (2, 4), 'target_size': (40, 16)}
 IMAGE = {'image': picture(0), 'strength': 0.7}
 MASK = {'image': picture(0), 'mask': blob(), 'size': (16, 16)}
 
@@ -176,6 +185,7 @@ MASK = {'image': picture(0), 'mask': blob(), 'size': (16, 16)}
         ('lcm', 'image', 'lcm', {'guidance': 3.0, **IMAGE}),
         ('sdxl', 'text', 'euler', {'guidance': 7.5}),
         ('sdxl', 'text', 'euler', {'guidance': 7.5, 'negative': 'sad face'}),
+        ('sdxl', 'text', 'euler', {'guidance': 7.5, **SIZES}),
         ('sdxl', 'text', 'lcm', {'guidance': 1.0}),
         ('sdxl', 'image', 'ddim', {'guidance': 7.5, **IMAGE}),
         ('sdxl', 'inpaint', 'dpm++', {'guidance': 1.0, **MASK, 'strength': 0.7}),
@@ -248,7 +258,8 @@ def write_two_loras(ours, folder):
             ).items()
         }
         files[name] = folder / f'{name}.safetensors'
-        write_lora(files[name], made[name], alpha=2.0, dtype=np.float32)
+        options = {'alpha': 2.0, 'dtype': np.float32}
+        write_lora(files[name], {'unet': made[name]}, ours.params, **options)
     return made, files
 
 
@@ -314,16 +325,33 @@ def test_adapters_reach_the_text_encoders(both):
         }
         for part in paths
     }
-    other = dataclasses.replace(ours, adapters={'a': module.Adapter(made, 1.0, False)})
-    other._remerge()
+    other = ours.with_lora(made)
     for part in paths:
+        before_part, after_part = (dict(named(p[part])) for p in (ours.params, other.merged))
         for path, ab in made[part].items():
-            baked = dict(module.adapters.merge({part: ours.params[part]}, []))[part]
-            got, want = (dict(lora.named(t))[path] for t in (other.merged[part], baked))
-            np.testing.assert_allclose(got, want + lora.delta(ab), rtol=1e-6, atol=1e-6)
+            want = before_part[path] + lora.delta(ab)
+            np.testing.assert_allclose(after_part[path], want, rtol=1e-6, atol=1e-6)
     after = other.encode_text(PROMPTS)
     assert all(np.abs(after[k] - before[k]).max() > 1e-2 for k in before)
     assert other.merged['unet'] is ours.params['unet']
+
+
+def test_training_is_told_what_drawing_is(both):
+    """The conditions of SDXL in a training set; the loss takes them."""
+    ours, _ = both('sdxl')
+    samples = [data.Sample(p, np.asarray(picture(i, 16, 16)), p) for i, p in enumerate(PROMPTS)]
+    cache = train.encode(ours, samples)
+    want = ours.encode_text(PROMPTS)
+    for name in ('context', 'pooled'):
+        np.testing.assert_allclose(cache.cond[name], want[name], atol=1e-5)
+        assert not cache.null[name].any() and cache.null[name].shape[1:] == want[name].shape[1:]
+    assert cache.cond['sizes'].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    options = {'target': 'student', 'solver_steps': 50, 'w_range': (3, 15)}
+    loss = train.make_loss(ours, scale=1.0, distance='huber', huber_c=1e-3, **options)
+    base = ours.params['unet']
+    start, rows = lora.init(jax.random.key(0), base, 2), np.arange(2)
+    out = jax.eval_shape(loss, start, start, (base, cache), rows, jax.random.key(0))
+    assert out[0].shape == ()
 
 
 def test_strength_of_an_lcm_compiles_nothing_anew(both, monkeypatch):
@@ -348,48 +376,66 @@ def test_pictures_do_not_depend_on_the_batch_around_them(both):
 
 
 MESH = """
+    import sys
     import jax, numpy as np
     from jax.sharding import AxisType
     from PIL import Image
     from lcm_jax import Pipeline
     from lcm_jax.grid import pixels
 
-    assert len(jax.devices()) == 8
-    mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
-    one, many = Pipeline.load(FOLDER), Pipeline.load(FOLDER, mesh=mesh)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
-    inpaint = {'image': image, 'mask': image.convert('L')}
-    for options in ({'guidance': 3.0, 'sampler': 'lcm'}, inpaint | {'guidance': 1.0}):
-        options |= {'steps': 2, 'count': 3, 'seed': 1}
-        a, b = (pixels(p(['cat', 'dog'], **options)).astype(int) for p in (one, many))
-        assert a.shape == b.shape == (6, 16, 16, 3) and a.std() > 20
-        assert np.abs(a - b).max() <= 1, np.abs(a - b).max()
-    where = jax.tree.leaves(many.params)[0].sharding.device_set
-    print('same', len(where))
+    folder, prompts = sys.argv[1], sys.argv[2:]
+    mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,))
+    pipe = Pipeline.load(folder, mesh=mesh)
+    assert len(jax.tree.leaves(pipe.params)[0].sharding.device_set) == 2
+    text = {'sampler': 'euler', 'guidance': 7.5}
+    image, mask = (Image.open(f'{folder}/{name}.png') for name in ('image', 'mask'))
+    inpaint = {'sampler': 'dpm++', 'guidance': 1.0, 'image': image, 'mask': mask}
+    for name, options in ('text', text), ('inpaint', inpaint | {'strength': 0.7, 'size': (16, 16)}):
+        np.save(f'{folder}/{name}.npy', pixels(pipe(prompts, steps=4, seed=5, **options)))
 """
 
 
 def test_a_mesh_draws_the_same_pictures(both):
-    """Six pictures on four devices: two of them are drawn for nothing."""
-    folder = both('sdxl')[0].checkpoint.folder
-    root = Path(lcm_jax.__file__).parents[1]
+    """Three pictures on two devices, so one of them is drawn twice; the first two here, alone."""
+    ours, _ = both('sdxl')
+    folder, root = ours.checkpoint.folder, Path(lcm_jax.__file__).parents[1]
+    MASK['image'].save(folder / 'image.png')
+    MASK['mask'].save(folder / 'mask.png')
     done = subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(MESH).replace('FOLDER', repr(str(folder)))],
+        [sys.executable, '-c', textwrap.dedent(MESH), str(folder), *PROMPTS, 'dog'],
         env={
-            'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-            'JAX_PLATFORMS': 'cpu',
-            'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
-            'JAX_DEFAULT_MATMUL_PRECISION': 'float32',
-            'PYTHONPATH': str(root),
             'HOME': str(folder),
+            'JAX_DEFAULT_MATMUL_PRECISION': 'float32',
+            'JAX_DISABLE_MOST_OPTIMIZATIONS': 'true',
+            'JAX_PLATFORMS': 'cpu',
             'PATH': '/usr/bin:/bin',
+            'PYTHONPATH': str(root),
+            'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
         },
         cwd=root,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.stdout.splitlines()[-1:] == ['same 4'], done.stderr[-2000:]
+    assert not done.returncode, done.stderr[-2000:]
+    options = {'steps': 4, 'seed': 5}
+    for name, drawn in (
+        ('text', ours(PROMPTS, sampler='euler', guidance=7.5, **options)),
+        ('inpaint', ours(PROMPTS, sampler='dpm++', guidance=1, strength=0.7, **MASK, **options)),
+    ):
+        many = np.load(folder / f'{name}.npy')
+        assert many.shape == (3, 16, 16, 3) and many.std() > 20
+        assert np.abs(many[:2].astype(int) - pixels(drawn)).max() <= 1, name
+
+
+def test_a_single_file_draws_what_its_folder_draws(both, tmp_path):
+    ours, _ = both('sd')
+    convert(ours.checkpoint.folder, tmp_path / 'model.safetensors')
+    single = Pipeline.load(tmp_path / 'model.safetensors')
+    options = {'sampler': 'euler', 'steps': 4, 'guidance': 7.5}
+    assert (pixels(single(PROMPTS, **options)) == pixels(ours(PROMPTS, **options))).all()
+    v = Pipeline.load(tmp_path / 'model.safetensors', prediction_type='v_prediction')
+    assert v.schedule.prediction_type == 'v_prediction'
 
 
 @pytest.mark.parametrize(

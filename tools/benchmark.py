@@ -4,9 +4,11 @@
     python tools/benchmark.py vae --peer diffusers     # decoding
     python tools/benchmark.py text --peer diffusers
     python tools/benchmark.py generate --peer diffusers --size 256    # prompt to picture, four steps
+    JAX_PLATFORMS=cpu python tools/benchmark.py compiled --model sdxl --size 1024 --dtype bfloat16
 
 Prints seconds (median and least), their ratio, the largest difference of the outputs relative to the
-largest output, and what the compiler says of our program. CPU seconds count both sides' threads:
+largest output, and what the compiler says of our program; `compiled` only compiles it, for TPUs that
+need not be here. CPU seconds count both sides' threads:
 they hold on a busy machine, where wall-clock seconds do not. SD 1.5 in float32 needs 11 GB of memory.
 """
 
@@ -22,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import weights
+from lcm_jax import plan, weights
 from lcm_jax.models import configs, shapes
 from lcm_jax.models.clip import TextEncoder
 from lcm_jax.models.tiny import autoencoder
@@ -30,8 +32,6 @@ from lcm_jax.models.unet import UNet
 from lcm_jax.models.zoo import MODELS
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.text import Tokenizer
-
-TOKENS = 77  # of text context
 
 
 class Case(NamedTuple):
@@ -73,7 +73,7 @@ def unet(args):
     inputs = {
         'z': normal(args.batch, side, side, spec.in_channels),
         't': np.linspace(999, 1, args.batch, dtype=np.float32),
-        'context': normal(args.batch, TOKENS, spec.context_dim, seed=1),
+        'context': normal(args.batch, plan.TOKENS, spec.context_dim, seed=1),
     }
     if spec.pooled_dim:
         inputs['pooled'] = normal(args.batch, spec.pooled_dim, seed=2)
@@ -110,7 +110,7 @@ def vae(args):
 def text(args):
     """Token ids -> hidden states, by the (first) text encoder."""
     spec = MODELS[args.model].text[0]
-    ids = np.random.default_rng(0).integers(0, spec.vocab, (args.batch, TOKENS), np.int32)
+    ids = np.random.default_rng(0).integers(0, spec.vocab, (args.batch, plan.TOKENS), np.int32)
     return case(
         args,
         shapes.text_shapes(spec, args.dtype),
@@ -275,6 +275,19 @@ def report(case, repeat):
     )
 
 
+def compiled(args):
+    """Compile one forward pass for TPUs and print what a chip would do."""
+    forward = plan.FORWARDS[args.part](MODELS[args.model], args.size, args.batch, args.dtype)
+    cost = plan.compiled_for(args.topology, forward.fn, forward.params, forward.inputs)
+    squares = ', '.join(f'{cost.squares(n)} of {n} x {n}' for n in sorted(forward.tokens))
+    print(
+        f'{args.part} on {args.topology}: compiled in {cost.seconds:.0f} s; each chip '
+        f'{cost.flops / 1e12:.2f} TFLOP outside custom kernels, {cost.bytes_accessed / 1e9:.1f} GB '
+        f'moved, {cost.temporaries / 2**20:.0f} MiB of temporaries, '
+        f'{cost.arguments / 2**20:.0f} MiB of arguments; arrays of [tokens x tokens]: {squares}'
+    )
+
+
 CASES = {'unet': unet, 'vae': vae, 'text': text, 'generate': generate}
 
 
@@ -282,14 +295,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('case', choices=CASES)
+    parser.add_argument('case', choices=(*CASES, 'compiled'))
     parser.add_argument('--model', default='sd15', choices=MODELS)
     parser.add_argument('--size', type=int, default=512, help='side of the picture, px')
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
     parser.add_argument('--peer', default='none', choices=('diffusers', 'none'))
     parser.add_argument('--repeat', type=int, default=5, help='timed calls of each side, in turns')
+    parser.add_argument('--part', default='unet', choices=plan.FORWARDS, help='to be compiled')
+    parser.add_argument('--topology', default='v5e:2x2', help='chips to compile for')
     args = parser.parse_args()
+    if args.case == 'compiled':
+        return compiled(args)
     device = jax.devices()[0]
     print(
         f'{args.case}, {args.model}, {args.size} px, batch {args.batch}, {args.dtype}, '

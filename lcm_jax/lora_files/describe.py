@@ -5,16 +5,16 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from lcm_jax import weights
 from lcm_jax.errors import InputError
 from lcm_jax.lora_files import algebra, dialects, methods, peft_config
 from lcm_jax.lora_files.family import family
+from lcm_jax.tensors import open_tensors
 
 # A module's name in any dialect -> its block.
 BLOCK = re.compile(
     r'(?:down|up|input|output)_blocks[._]\d+|mid_block|middle_block|[a-z_]*layers[._]\d+'
 )
-ROLE_RANK = 'down', 'hada_w1_b', 'lokr_w2_b', 'lokr_w1_b'  # the first that is there has the rank
+RANK = 'down', 'hada_w1_b', 'lokr_w2_b', 'lokr_w1_b'  # the first that is there has the rank
 
 
 def inspect_lora(file):
@@ -23,7 +23,7 @@ def inspect_lora(file):
     The norm of a block is that of all its updates together (Frobenius), alpha / r included. Raises
     InputError if no dialect explains any key.
     """
-    tensors, metadata = weights.read_tensors(file)
+    tensors, metadata = open_tensors(file)
     found, strange = survey(tensors)
     if not found:
         raise InputError(
@@ -31,40 +31,50 @@ def inspect_lora(file):
             f'({", ".join(dialects.DIALECTS)}); the first keys are {", ".join([*tensors][:3])}'
         )
     config = peft_config.load(metadata, file)
-    said = {name: peft_config.options(config, name, file) for name in dialects.COMPONENTS}
+    options = {part: peft_config.options(config, part, file) for part in dialects.COMPONENTS}
     arrays = {
         spot: {role: tensors[key] for role, (_, key) in roles.items()}
         for spot, roles in found.items()
     }
-    alphas = [float(a['alpha']) for a in arrays.values() if 'alpha' in a and a['alpha'].size == 1]
-    factors = [x for a in arrays.values() for role, x in a.items() if role != 'alpha']
-    counts = Counter(component for component, _ in found)
+    norms, broken = block_norms(arrays, options)
+    stems = [f'{next(iter(found[spot].values()))[0].stem} {why}' for spot, why in broken.items()]
     rows = {
         'file': file,
         'dialect': ', '.join(Counter(p.dialect for r in found.values() for p, _ in r.values())),
         'base': family(tensors),
-        'method': ', '.join(sorted({methods.name(a.keys() - {'alpha'}) for a in arrays.values()})),
-        'modules': ', '.join(f'{counts[c]} {c}' for c in dialects.COMPONENTS if c in counts),
-        'rank': _listed(rank for rank in map(_rank, arrays.values()) if rank),
-        'alpha': _listed(alphas)
-        or _listed(o['lora_alpha'] for o in said.values() if o.get('lora_alpha'))
-        or 'not in the file; taken as the rank',
-        'parameters': f'{sum(x.size for x in factors):,}',
-        'dtype': ', '.join(sorted({str(x.dtype) for x in factors})),
+        **_summary(arrays, options),
+        'broken': f'{len(stems)}: {", ".join(stems[:3])}' if stems else '',
         'unexplained': f'{len(strange)} tensors: {", ".join(strange[:3])}' if strange else '',
         'metadata': f'{len(metadata)} entries',
     }
-    broken = [
-        next(iter(found[spot].values()))[0].stem
-        for spot, tensors in arrays.items()
-        if methods.lacking(tensors.keys() - {'alpha'}) != set()
-    ]
-    rows['incomplete'] = f'{len(broken)}: {", ".join(broken[:3])}' if broken else ''
     lines = [f'{key:<12}{value}' for key, value in rows.items() if value]
     lines += [f'  {key}: {value}' for key, value in sorted(metadata.items())]
-    norms = block_norms(arrays, said)
     lines += ['norm of the update'] + [f'  {block:<28}{n:10.4g}' for block, n in norms.items()]
     return '\n'.join(lines)
+
+
+def _summary(arrays, options):
+    """Rows of `inspect_lora` that are told from the tensors of the modules."""
+    counts = Counter(component for component, _ in arrays)
+    factors = [x for a in arrays.values() for role, x in a.items() if role != 'alpha']
+    alphas = [
+        np.asarray(a['alpha']).item()
+        for a in arrays.values()
+        if 'alpha' in a and a['alpha'].size == 1
+    ]
+    said = [o['lora_alpha'] for o in options.values() if o.get('lora_alpha')]
+    ranks = [
+        next((tensors[role].shape[0] for role in RANK if role in tensors and tensors[role].ndim), 0)
+        for tensors in arrays.values()
+    ]
+    return {
+        'method': ', '.join(sorted({methods.name(a.keys() - {'alpha'}) for a in arrays.values()})),
+        'modules': ', '.join(f'{counts[c]} {c}' for c in dialects.COMPONENTS if c in counts),
+        'rank': _listed(filter(None, ranks)),
+        'alpha': _listed(alphas) or _listed(said) or 'not in the file; taken as the rank',
+        'parameters': f'{sum(x.size for x in factors):,}',
+        'dtype': ', '.join(sorted({str(x.dtype) for x in factors})),
+    }
 
 
 def survey(tensors):
@@ -89,30 +99,24 @@ def survey(tensors):
 
 
 def block_norms(arrays, options):
-    """{(component, name): {role: array}} and peft options -> {'component block': norm}, in order.
+    """{(component, name): {role: array}} and peft options -> ({'component block': norm}, broken).
 
-    Modules that are incomplete have no update and are left out.
+    broken: {(component, name): why} of the modules whose tensors make no update.
     """
-    squares = Counter()
+    squares, broken = Counter(), {}
     for (component, name), tensors in arrays.items():
-        tensors = {role: np.asarray(x, np.float32) for role, x in tensors.items()}
-        alpha = tensors.pop('alpha', None)
-        if methods.lacking(tensors.keys()) == set():
-            up, down, rank = methods.factors(tensors, methods.implied_shape(tensors))
-            alpha = None if alpha is None else float(alpha.item())
-            scale = peft_config.scale(alpha, rank, options[component], name)
-            block = BLOCK.search(name)
-            block = block[0].replace('layers_', 'layers.') if block else name
-            update = algebra.norm({'down': down.T, 'up': up.T})
-            squares[f'{component} {block}'] += (scale * update) ** 2
+        try:
+            up, down = methods.update(tensors, options[component], name)
+        except methods.Misfit as e:
+            broken[component, name] = e.args[1] or e.args[0]
+            continue
+        block = BLOCK.search(name)
+        block = block[0].replace('layers_', 'layers.') if block else name
+        squares[f'{component} {block}'] += algebra.norm({'down': down.T, 'up': up.T}) ** 2
     order = sorted(
         squares, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r'(\d+)', name)]
     )
-    return {name: squares[name] ** 0.5 for name in order}
-
-
-def _rank(tensors):
-    return next((len(tensors[role]) for role in ROLE_RANK if role in tensors), None)
+    return {name: squares[name] ** 0.5 for name in order}, broken
 
 
 def _listed(numbers):

@@ -81,18 +81,21 @@ MIDDLE_LEAVES = {
 }
 OLD_LEAVES = {'_lora.down.weight': 'down', '_lora.up.weight': 'up'}
 
-OURS = 'down_blocks', 'mid_block', 'up_blocks', 'conv_in', 'conv_out', 'time_embedding'
-OURS = *OURS, 'add_embedding'
-THEIRS = 'input_blocks', 'middle_block', 'output_blocks', 'out', 'time_embed', 'label_emb'
+# What a module's name starts with.
+UNET = (
+    *('down_blocks', 'mid_block', 'up_blocks', 'conv_in', 'conv_out'),
+    *('time_embedding', 'add_embedding'),
+)
+ORIGINAL = 'input_blocks', 'middle_block', 'output_blocks', 'out', 'time_embed', 'label_emb'
 TEXT = 'text_model', 'encoder', 'text_projection'
 
 DIALECTS = {
-    'kohya': Dialect(KOHYA, _underscored, OURS, KOHYA_LEAVES),
-    'kohya-sgm': Dialect(KOHYA, _original, THEIRS, KOHYA_LEAVES),
-    'peft': Dialect(DOTS, _dotted, OURS, PEFT_LEAVES),
-    'peft-raw': Dialect(RAW, _dotted, OURS, PEFT_LEAVES),
-    'diffusers': Dialect(BARE, _dotted, OURS, MIDDLE_LEAVES),
-    'diffusers-old': Dialect(BARE, _processors, OURS, OLD_LEAVES),
+    'kohya': Dialect(KOHYA, _underscored, UNET, KOHYA_LEAVES),
+    'kohya-sgm': Dialect(KOHYA, _original, ORIGINAL, KOHYA_LEAVES),
+    'peft': Dialect(DOTS, _dotted, UNET, PEFT_LEAVES),
+    'peft-raw': Dialect(RAW, _dotted, UNET, PEFT_LEAVES),
+    'diffusers': Dialect(BARE, _dotted, UNET, MIDDLE_LEAVES),
+    'diffusers-old': Dialect(BARE, _processors, UNET, OLD_LEAVES),
 }
 WRITTEN = {  # dialect -> the roles that are tensors of the file; peft's alpha is in its metadata
     'kohya': ('down', 'up', 'alpha'),

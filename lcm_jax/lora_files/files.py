@@ -11,6 +11,7 @@ from lcm_jax import weights
 from lcm_jax.errors import InputError, choose, nearest
 from lcm_jax.lora_files import dialects, methods, peft_config
 from lcm_jax.lora_files.family import family
+from lcm_jax.tensors import open_tensors, write_tensors
 from lcm_jax.tree import named
 
 # Module of a model -> its path, its axes in the checkpoint in terms of ours, its shape there.
@@ -36,12 +37,15 @@ def read_lora(file, models):
     a key belongs to no module or to a method that is not supported, if a tensor is given twice or
     is missing, if its shape does not fit, or if a value is not finite.
     """
-    tensors, metadata = weights.read_tensors(file)
+    tensors, metadata = open_tensors(file)
     return place(tensors, peft_config.load(metadata, file), models, file), metadata
 
 
 def place(tensors, config, models, source):
-    """A LoRA file's tensors and peft config -> {component: adapter}; `read_lora` without the disk."""
+    """{key: array or Tensor} and peft config of a LoRA file -> {component: adapter}.
+
+    Raises InputError as `read_lora` does, naming `source`.
+    """
     spots = {part: modules(models[part]) for part in dialects.COMPONENTS if part in models}
     found = locate(tensors, spots, source)
     options = {part: peft_config.options(config, part, source) for part in spots}
@@ -49,11 +53,9 @@ def place(tensors, config, models, source):
     for (component, module), roles in found.items():
         path, perm, shape = spots[component][module]
         arrays = {role: tensors[key] for role, (_, key) in roles.items()}
-        alpha = arrays.pop('alpha', None)
         try:
-            adapters[component][path] = _pair(
-                arrays, alpha, options[component], module, shape, perm
-            )
+            up, down = methods.update(arrays, options[component], module, shape)
+            adapters[component][path] = _pair(up, down, shape, perm)
         except methods.Misfit as e:
             bad[e.args[0]].append(f'{module} {e.args[1]}'.rstrip())
     if bad:
@@ -96,22 +98,10 @@ def locate(keys, spots, source):
     return found
 
 
-def _pair(arrays, alpha, options, module, shape, perm):
-    """One module's tensors -> {'down', 'up'} in our layout. Raises Misfit (what is wrong, where)."""
-    lacking = methods.lacking(arrays.keys())
-    if lacking is None or lacking:
-        lacks = f'lacks {", ".join(sorted(lacking))}' if lacking else f'has {", ".join(arrays)}'
-        raise methods.Misfit('are incomplete', f'{lacks} beside {", ".join(arrays)}')
-    arrays = {role: np.asarray(x, np.float32) for role, x in arrays.items()}
-    up, down, rank = methods.factors(arrays, shape)
-    if alpha is not None and alpha.size != 1:
-        raise methods.Misfit('have an alpha that is not one number', f'of shape {alpha.shape}')
-    alpha = None if alpha is None else float(np.asarray(alpha, np.float32).item())
-    scale = peft_config.scale(alpha, rank, options, module)
-    if not all(np.isfinite(x).all() for x in (up, down, scale)):
-        raise methods.Misfit('hold values that are not finite', '')
+def _pair(up, down, shape, perm):
+    """up [out, r], down [r, n] -> {'down', 'up'} in the layout of our kernel."""
     down = np.transpose(down.reshape(-1, *shape[1:]), np.argsort(perm))
-    return {'down': down, 'up': (scale * up.T).reshape(*(1,) * len(shape[2:]), *up.T.shape)}
+    return {'down': down, 'up': up.T.reshape(*(1,) * len(shape[2:]), *up.T.shape)}
 
 
 def _strange(unknown, keys, known, source):
@@ -163,25 +153,14 @@ def write_lora(file, adapters, models, *, alpha, dialect=None, dtype=np.float16,
     """
     sdxl = dialects.is_sdxl(models)
     dialect = dialect or ('kohya-sgm' if sdxl else 'kohya')
-    roles = choose('LoRA dialect to write', dialect, dialects.WRITTEN)
+    choose('LoRA dialect to write', dialect, dialects.WRITTEN)
     with np.errstate(over='ignore'):  # becomes inf, which is refused
         alpha_said, alpha = alpha, np.asarray(alpha, dtype)
         if not 0 < alpha < np.inf:
             raise InputError(
                 f'LoRA alpha = {alpha_said!r}; {alpha.dtype} files take a positive number'
             )
-        tensors, ranks = {}, {}
-        for component, adapter in adapters.items():
-            spots = modules(models[component])
-            spelled = dialects.DIALECTS[dialect].spell(component, spots)
-            for name, module in spelled.items():
-                path, perm, _ = spots[module]
-                if path in adapter:
-                    ranks[component, module] = adapter[path]['down'].shape[-1]
-                    values = _tensors(adapter[path], alpha, perm)
-                    for role in roles:
-                        key = dialects.key(dialect, component, name, role, sdxl)
-                        tensors[key] = values[role]
+        tensors, ranks = _keyed(adapters, models, dialect, alpha, sdxl)
     over = [key for key, x in tensors.items() if not np.isfinite(x).all()]
     if over:
         said = listing(over, len(tensors), 'tensors hold values that are not finite')
@@ -190,13 +169,29 @@ def write_lora(file, adapters, models, *, alpha, dialect=None, dtype=np.float16,
     file = Path(file)
     part = file.with_name(f'.unchecked-{file.name}')
     try:
-        weights.write_tensors(part, tensors, metadata)
-        tensors, metadata = weights.read_tensors(part)
+        write_tensors(part, tensors, metadata)
+        tensors, metadata = open_tensors(part)
         config, source = peft_config.load(metadata, part), f'{file} in {alpha.dtype}'
         _compare(place(tensors, config, models, source), adapters, alpha, file)
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _keyed(adapters, models, dialect, alpha, sdxl):
+    """Adapters -> ({key: tensor} of a file with that alpha, {(component, module): rank})."""
+    tensors, ranks = {}, {}
+    for component, adapter in adapters.items():
+        spots = modules(models[component])
+        for name, module in dialects.DIALECTS[dialect].spell(component, spots).items():
+            path, perm, _ = spots[module]
+            if path in adapter:
+                ranks[component, module] = adapter[path]['down'].shape[-1]
+                values = _tensors(adapter[path], alpha, perm)
+                for role in dialects.WRITTEN[dialect]:
+                    key = dialects.key(dialect, component, name, role, sdxl)
+                    tensors[key] = values[role]
+    return tensors, ranks
 
 
 def _tensors(ab, alpha, perm):

@@ -7,29 +7,50 @@ where n is inputs times kernel size: LoRA (arXiv 2106.09685), and LyCORIS' LoCon
 
 import numpy as np
 
+from lcm_jax.lora_files import peft_config
+
 
 class Misfit(Exception):
     """(what is wrong, with which tensors) of a module whose tensors do not make its update."""
 
 
-def factors(tensors, shape):
-    """{role: array} of one module -> up [out, r], down [r, n], and the rank that alpha is over.
+def update(tensors, options, module, shape=None):
+    """{role: array or Tensor} of one module -> up [out, r], down [r, n] in float32.
 
-    shape: of the module's weight in the checkpoint, (out, in) or (out, in, k, k). The rank is None
-    where alpha has no meaning. Raises Misfit if the tensors make no update of that shape; the
-    roles must be complete (see `lacking`).
+    The scale alpha / r is in `up`. options: the file's peft options. shape: of the module's weight
+    in the checkpoint, (out, in) or (out, in, k, k); None: what the tensors imply. Raises Misfit if
+    they make no such update.
     """
-    method = next(method for roles, method in METHODS if roles == tensors.keys())
+    factors = {role: np.asarray(x, np.float32) for role, x in tensors.items() if role != 'alpha'}
+    alpha = tensors.get('alpha')
+    lacking = _lacking(factors.keys())
+    if lacking:
+        raise Misfit('are incomplete', f'has {" and ".join(factors) or "alpha"} without {lacking}')
     try:
-        if any(x.ndim < 2 for x in tensors.values()):
+        if any(x.ndim < 2 for x in factors.values()):
             raise ValueError('factors of fewer than two axes')
-        up, down, rank = method(tensors, shape)
+        shape = shape or _implied_shape(factors)
+        method = next(method for roles, method in METHODS if roles == factors.keys())
+        up, down, rank = method(factors, shape)
         if not _fits(up, down, shape):
             raise ValueError('factors of another shape')
-    except (ValueError, IndexError, TypeError) as e:
-        shapes = ' and '.join(str(x.shape) for x in tensors.values())
-        raise Misfit('do not fit the weight', f'has {shapes} for {tuple(shape)}') from e
-    return up, down, rank
+    except (ValueError, IndexError) as e:
+        shapes = ' and '.join(str(x.shape) for x in factors.values())
+        weight = f' for {tuple(map(int, shape))}' if shape else ''
+        raise Misfit('do not fit the weight', f'has {shapes}{weight}') from e
+    if alpha is not None and alpha.size != 1:
+        raise Misfit('have an alpha that is not one number', f'of shape {alpha.shape}')
+    alpha = None if alpha is None else float(np.asarray(alpha, np.float32).item())
+    scale = peft_config.scale(alpha, rank, options, module)
+    if not all(np.isfinite(x).all() for x in (up, down, scale)):
+        raise Misfit('hold values that are not finite', '')
+    return scale * up, down
+
+
+def _lacking(roles):
+    """What a module's `roles` lack to be complete, as text; '' if they are."""
+    rest = min((want - roles for want, _ in METHODS if roles <= want), key=len, default=None)
+    return ' and '.join(sorted(rest)) if rest is not None else 'all of one method'
 
 
 def _fits(up, down, shape):
@@ -44,14 +65,14 @@ def _flat(x):
 
 def _lora(t, shape):
     up, down = t['up'], t['down']
-    if _kernel(down) != _kernel(np.empty(shape)) or _kernel(up):
+    if _kernel(down.shape) != _kernel(shape) or _kernel(up.shape):
         raise ValueError('factors of another shape')
     return _flat(up), _flat(down), len(down)
 
 
-def _kernel(x):
+def _kernel(shape):
     """Kernel size of a weight: () for a matrix and for 1 x 1, which are the same."""
-    return x.shape[2:] if any(n != 1 for n in x.shape[2:]) else ()
+    return tuple(shape[2:]) if any(n != 1 for n in shape[2:]) else ()
 
 
 def _locon(t, shape):
@@ -97,11 +118,8 @@ def _lokr(t, shape):
 
 def _whole(w):
     """A full matrix as a pair of the least rank that is sure to hold it."""
-    return (
-        (np.eye(len(w), dtype=w.dtype), w)
-        if len(w) <= w.shape[1]
-        else (w, np.eye(w.shape[1], dtype=w.dtype))
-    )
+    one = np.eye(min(w.shape), dtype=w.dtype)
+    return (one, w) if len(w) <= w.shape[1] else (w, one)
 
 
 _LOHA = {'hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b'}
@@ -118,12 +136,10 @@ METHODS = (  # the roles that a module has in the file, all of them and no other
     ({'lokr_w1_a', 'lokr_w1_b', 'lokr_w2_a', 'lokr_w2_b'}, _lokr),
     ({'lokr_w1_a', 'lokr_w1_b', 'lokr_w2_a', 'lokr_w2_b', 'lokr_t2'}, _lokr),
 )
-
-
 NAMES = {_lora: 'LoRA', _locon: 'LoCon', _loha: 'LoHa', _lokr: 'LoKr'}
 
 
-def implied_shape(tensors):
+def _implied_shape(tensors):
     """{role: array} of a complete module -> the shape of its weight, as far as the file tells.
 
     The kernel's axes may be joined with the inputs.
@@ -133,10 +149,9 @@ def implied_shape(tensors):
         return len(tensors['up']), tensors['down'].shape[1], *core.shape[2:]
     if 'hada_w1_b' in tensors:
         a, b = tensors['hada_w1_a'], _flat(tensors['hada_w1_b'])
-        core = tensors.get('hada_t1')
-        return (
-            (a.shape[0], b.shape[1]) if core is None else (a.shape[1], b.shape[1], *core.shape[2:])
-        )
+        if 'hada_t1' in tensors:
+            return a.shape[1], b.shape[1], *tensors['hada_t1'].shape[2:]
+        return a.shape[0], b.shape[1]
     sides = []
     for name, core in LOKR:
         if name in tensors:
@@ -151,8 +166,3 @@ def name(roles):
     """The name of the method that a module's `roles` are of."""
     found = next((method for want, method in METHODS if roles <= want), None)
     return NAMES.get(found, 'unknown')
-
-
-def lacking(roles):
-    """The roles that a module's `roles` lack to be complete; None if they fit no method."""
-    return min((want - roles for want, _ in METHODS if roles <= want), key=len, default=None)

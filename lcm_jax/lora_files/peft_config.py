@@ -5,8 +5,8 @@ import math
 import re
 from pathlib import Path
 
-from lcm_jax import weights
 from lcm_jax.errors import InputError
+from lcm_jax.tensors import read_json
 
 KEY = 'lora_adapter_metadata'  # diffusers' key of the adapter's peft config, as JSON
 BESIDE = 'adapter_config.json'  # the same of a file that peft itself saved
@@ -24,7 +24,7 @@ def load(metadata, file):
         except ValueError as e:
             raise InputError(f'{file}: {KEY} is not a peft config in JSON: {e}') from e
     elif Path(file).stem == 'adapter_model' and beside.is_file():
-        config = weights.read_json(beside)
+        config = read_json(beside)
     if not isinstance(config, dict):
         raise InputError(f'{file}: its peft config is a {type(config).__name__}, not an object')
     return config

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lcm_jax import weights
 from lcm_jax.checkpoint import open_model
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files import algebra, dialects, peft_config, programs
 from lcm_jax.lora_files.files import locate, modules, place, read_lora, write_lora
-from lcm_jax.tree import named
+from lcm_jax.tensors import open_tensors
 
 ANEW = 'format', 'ss_network_', 'sshs_', peft_config.KEY  # metadata that describes the old form
 
@@ -31,10 +30,10 @@ def convert_lora(file, out, model='emoji', dialect=None):
     """
     _accept(out)
     models = models_of(model)
-    tensors, metadata = weights.read_tensors(file)
+    tensors, metadata = open_tensors(file)
     config = peft_config.load(metadata, file)
     adapters = place(tensors, config, models, file)
-    alphas = {float(x) for key, x in tensors.items() if key.endswith('.alpha')}
+    alphas = {np.asarray(x).item() for key, x in tensors.items() if key.endswith('.alpha')}
     alphas |= {float(v) for key, v in config.items() if key.endswith('lora_alpha') and v}
     alpha = alphas.pop() if len(alphas) == 1 else _rank(adapters)
     half = all(x.dtype == np.float16 for x in tensors.values())
@@ -57,7 +56,7 @@ def check_lora(file, model='emoji', target='diffusers'):
     """
     choose('program', target, programs.PROGRAMS)
     spots = {part: modules(params) for part, params in models_of(model).items()}
-    tensors, _ = weights.read_tensors(file)
+    tensors, _ = open_tensors(file)
     found = locate(tensors, spots, file)
     dropped = programs.dropped(target, found, spots)
     text = f'{target} loads {len(found) - len(dropped)} of {len(found)} modules of {file}'
@@ -93,8 +92,8 @@ def extract_lora(base, tuned, out, rank, dialect=None):
     """Write the difference of two models' components as a LoRA of `rank`, by SVD.
 
     All layers with a kernel that differ are in it, convolutions too. Tells the relative error, and
-    how much of the difference lies in what no LoRA holds (biases, norms, embeddings). Both models'
-    component is in memory at a time, in float32. Raises InputError if the models do not fit each
+    how much of the difference lies in what no LoRA holds (biases, norms, embeddings). One tensor of
+    each model is in memory at a time. Raises InputError if the models do not fit each
     other or do not differ.
     """
     _accept(out, rank)
@@ -103,13 +102,15 @@ def extract_lora(base, tuned, out, rank, dialect=None):
         raise InputError(f'{tuned} and {base} are not models of the same sizes')
     adapters, errors, norms, rest = {}, [], [], []
     for part in models:
-        before, after = (dict(named(open_model(name).load(part))) for name in (base, tuned))
-        for path in before:
-            delta = np.asarray(after.pop(path), np.float32) - np.asarray(before[path], np.float32)
+        before, after = (open_model(name).tensors(part) for name in (base, tuned))
+        spots = modules(models[part])
+        for key in before:
+            delta = np.asarray(after[key], np.float32) - np.asarray(before[key], np.float32)
             size = float(np.linalg.norm(delta))
-            if size and path.endswith('/kernel'):
-                pair, error = algebra.factored(delta, rank)
-                adapters.setdefault(part, {})[path] = pair
+            path, perm, _ = spots.get(key.removesuffix('.weight'), (None, None, None))
+            if size and path:
+                kernel = delta.transpose(np.argsort(perm))
+                adapters.setdefault(part, {})[path], error = algebra.factored(kernel, rank)
                 errors.append(error)
                 norms.append(size)
             elif size:

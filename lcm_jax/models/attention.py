@@ -1,11 +1,16 @@
 """Attention, chosen in one place: by size here, by platform when the program is lowered."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lcm_jax.models.flash import flash_attention
+
 # Above SMALL scores a head, queries go in chunks whose BLOCK scores (8 MB in float32) stay in cache.
 SMALL = 2**17
+SMALL_TPU = 2**14  # a block of its kernel
 BLOCK = 2**21
 
 
@@ -14,8 +19,6 @@ def attend(q, k, v, *, causal=False):
 
     Memory grows with L + M, not with L * M, in the backward pass too.
     """
-    if q.shape[1] * k.shape[1] <= SMALL:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
 
     def chunked(each):
         def run(q, k, v):
@@ -26,14 +29,18 @@ def attend(q, k, v, *, causal=False):
 
         return run
 
-    def cudnn(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation='cudnn')
-
-    # A CPU's caches hold one head at a time; elsewhere heads (and shards of them) run side by side.
-    paths = {'cpu': chunked(lambda f: lambda x: lax.map(f, x)), 'default': chunked(jax.vmap)}
-    if _fits_cudnn(q):
-        paths['cuda'] = cudnn
-    return lax.platform_dependent(q, k, v, **paths)
+    plain = partial(jax.nn.dot_product_attention, is_causal=causal)
+    scores = q.shape[1] * k.shape[1]  # of one head
+    if scores <= SMALL:
+        paths = {'default': plain}
+    else:
+        # A CPU's caches hold one head at a time; elsewhere heads (or shards of them) go side by side.
+        paths = {'cpu': chunked(lambda f: lambda x: lax.map(f, x)), 'default': chunked(jax.vmap)}
+        if _fits_cudnn(q):
+            paths['cuda'] = partial(plain, implementation='cudnn')
+    if scores > SMALL_TPU and not causal:
+        paths['tpu'] = flash_attention
+    return lax.platform_dependent(q, k, v, **paths) if len(paths) > 1 else plain(q, k, v)
 
 
 def _head(q, k, v, causal):

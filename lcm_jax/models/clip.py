@@ -95,13 +95,13 @@ class TextEncoder(nn.Module):
         states = [x]
         for i in range(s.layers):
             states.append(Layer(s, True, name=f'text_model.encoder.layers.{i}')(states[-1]))
-        norm = layer_norm(name='text_model.final_layer_norm')
-        x = norm(states[-1])
+        ends = jnp.stack([states[-1], states[-1 - skip]])
+        last, hidden = layer_norm(name='text_model.final_layer_norm')(ends)
         end = jnp.argmax(ids if s.eos == 2 else ids == s.eos, axis=1)
-        pooled = jnp.take_along_axis(x, end[:, None, None], 1)[:, 0]
+        pooled = jnp.take_along_axis(last, end[:, None, None], 1)[:, 0]
         if s.projection:
             pooled = nn.Dense(s.projection, use_bias=False, name='text_projection')(pooled)
-        return TextOut(norm(states[-1 - skip]), states[-2 - skip], pooled)
+        return TextOut(hidden, states[-2 - skip], pooled)
 
 
 class ImageEncoder(nn.Module):

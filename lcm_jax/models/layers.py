@@ -11,15 +11,47 @@ from lcm_jax.models.attention import attend
 LARGE_KERNEL = 2**20  # numbers; below it a product saves no time and costs compilation
 
 
-def _conv(x, kernel, strides, padding, **kwargs):
-    """`lax.conv_general_dilated` of x [B,h,w,I] and kernel [a,b,I,O], undilated and of one group.
+def strips_for(samples):
+    """How many strips of each picture TPUs want, by the samples of one device: 8 strips in all.
+
+    Their convolutions fill a register's 8 rows with the batch. A smaller one XLA cuts up and puts
+    together again around each convolution, which moves more bytes than all else in a UNet.
+    """
+    return 1 << (7 // samples).bit_length()
+
+
+def to_strips(x, n):
+    """Pictures [B,h,w,C] -> n upright strips of each, [B,h,w/n,n,C]: another batch for convolutions.
+
+    UNet and VAE take either and return the same. w/n must be a multiple of all their strides.
+    """
+    b, h, w, c = x.shape
+    return x.reshape(b, h, n, w // n, c).swapaxes(2, 3)
+
+
+def from_strips(x):
+    """The inverse of `to_strips`."""
+    b, h, w, n, c = x.shape
+    return x.swapaxes(2, 3).reshape(b, h, n * w, c)
+
+
+def _halo(x, left, right):
+    """Strips [B,h,w,n,C] with columns of their neighbours at both sides; zeros outside the picture."""
+    before = jnp.pad(x[:, :, x.shape[2] - left :, :-1], ((0, 0),) * 3 + ((1, 0), (0, 0)))
+    after = jnp.pad(x[:, :, :right, 1:], ((0, 0),) * 3 + ((0, 1), (0, 0)))
+    return jnp.concatenate([before, x, after], 2)
+
+
+def _conv(x, kernel, strides, padding):
+    """`lax.conv_general_dilated` of x [B,h,w,I] and kernel [a,b,I,O].
 
     XLA's CPU convolution is slow where a large kernel outweighs the picture, as in the coarse levels
     of SD's UNet; a product of matrices is up to 2 times as fast there, 10 for the gradient of x.
     """
 
     def direct(x, kernel):
-        return lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
+        layout = ('NHWC', 'HWIO', 'NHWC')
+        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
 
     def product(x, kernel):
         x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -36,13 +68,46 @@ def _conv(x, kernel, strides, padding, **kwargs):
     return lax.platform_dependent(x, kernel, cpu=product, default=direct)
 
 
-conv3 = partial(
-    nn.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)), conv_general_dilated_cls=lambda: _conv
-)
+class Conv3(nn.Module):
+    """3x3 convolution: x [B,h,w,C] -> [B,h/strides,w/strides,features], or strips of such.
 
-# Flax's default variance E[x^2] - E[x]^2 costs a UNet's output a decimal digit in float32 and saves no time.
-group_norm = partial(nn.GroupNorm, use_fast_variance=False)
-layer_norm = partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+    Raises ValueError where a stride does not divide the strips' width.
+    """
+
+    features: int
+    strides: int = 1
+    padding: tuple = ((1, 1), (1, 1))  # of rows and columns
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
+        bias = self.param('bias', nn.initializers.zeros, shape[-1:]) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+        (rows, columns), strides = self.padding, (self.strides,) * 2
+        if x.ndim == 4:
+            y = _conv(x, kernel, strides, self.padding)
+        else:
+            if x.shape[2] % self.strides:
+                raise ValueError(f'strips {x.shape[2]} columns wide cannot take strides of 2')
+            x = jnp.moveaxis(_halo(x, *columns), -2, 1)
+            y = _conv(x.reshape(-1, *x.shape[2:]), kernel, strides, (rows, (0, 0)))
+            y = jnp.moveaxis(y.reshape(*x.shape[:2], *y.shape[1:]), 1, -2)
+        return y if bias is None else y + bias
+
+
+def _norm(cls, *args, **kwargs):
+    """Flax's module cls(*args, **kwargs), built when its input comes.
+
+    The variance E[x^2] - E[x]^2 costs a UNet's output a decimal digit in float32 and saves no time.
+    Half precision has no such digit, and accelerators read x once instead of twice.
+    """
+    return lambda x: cls(*args, use_fast_variance=x.dtype != jnp.float32, **kwargs)(x)
+
+
+group_norm = partial(_norm, nn.GroupNorm)
+layer_norm = partial(_norm, nn.LayerNorm, epsilon=1e-5)
 
 
 def sincos(t, dim):
@@ -67,10 +132,11 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x, temb=None):
         norm = partial(group_norm, self.groups, epsilon=self.epsilon)
-        h = conv3(self.width, name='conv1')(nn.silu(norm(name='norm1')(x)))
+        h = Conv3(self.width, name='conv1')(nn.silu(norm(name='norm1')(x)))
         if temb is not None:
-            h += nn.Dense(self.width, name='time_emb_proj')(nn.silu(temb))[:, None, None]
-        h = conv3(self.width, name='conv2')(nn.silu(norm(name='norm2')(h)))
+            temb = nn.Dense(self.width, name='time_emb_proj')(nn.silu(temb))
+            h += jnp.expand_dims(temb, range(1, h.ndim - 1))
+        h = Conv3(self.width, name='conv2')(nn.silu(norm(name='norm2')(h)))
         if x.shape[-1] != self.width:
             x = nn.Conv(self.width, (1, 1), name='conv_shortcut')(x)
         return x + h

@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lcm_jax.models.layers import conv3, upsample
+from lcm_jax.models.layers import Conv3, upsample
 from lcm_jax.models.vae import VAE, VAESpec
 
 
@@ -34,7 +34,7 @@ class Stack(nn.Module):
         """diffusers `AutoencoderTinyBlock` of equal widths."""
         h = x
         for j in (0, 2, 4):
-            h = conv3(x.shape[-1], name=f'layers.{i}.conv.{j}')(nn.relu(h) if j else h)
+            h = Conv3(x.shape[-1], name=f'layers.{i}.conv.{j}')(nn.relu(h) if j else h)
         return nn.relu(x + h)
 
 
@@ -45,24 +45,24 @@ class TinyEncoder(Stack):
         x = (x + 1) / 2
         for level, (width, blocks) in enumerate(zip(s.encoder, s.encoder_blocks, strict=True)):
             first = {} if level == 0 else {'strides': 2, 'use_bias': False}
-            x = conv3(width, name=f'layers.{i}', **first)(x)
+            x = Conv3(width, name=f'layers.{i}', **first)(x)
             for j in range(blocks):
                 x = self.block(x, i + 1 + j)
             i += 1 + blocks
-        return conv3(s.latent_channels, name=f'layers.{i}')(x)
+        return Conv3(s.latent_channels, name=f'layers.{i}')(x)
 
 
 class TinyDecoder(Stack):
     @nn.compact
     def __call__(self, z):
         s, i = self.spec, 2  # layer 1 is a ReLU
-        x = nn.relu(conv3(s.decoder[0], name='layers.0')(3 * jnp.tanh(z / 3)))
+        x = nn.relu(Conv3(s.decoder[0], name='layers.0')(3 * jnp.tanh(z / 3)))
         for level, (width, blocks) in enumerate(zip(s.decoder, s.decoder_blocks, strict=True)):
             last = level == len(s.decoder) - 1
             for j in range(blocks):
                 x = self.block(x, i + j)
             i += blocks + (not last)  # the upsampling is a layer too
-            x = conv3(3 if last else width, use_bias=last, name=f'layers.{i}')(
+            x = Conv3(3 if last else width, use_bias=last, name=f'layers.{i}')(
                 x if last else upsample(x)
             )
             i += 1

@@ -6,7 +6,7 @@ from functools import partial
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lcm_jax.models.layers import Attention, ResNet, conv3, group_norm, layer_norm, sincos, upsample
+from lcm_jax.models.layers import Attention, Conv3, ResNet, group_norm, layer_norm, sincos, upsample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,13 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x, context):
-        b, h, w, c = x.shape
+        c = x.shape[-1]
         proj = partial(nn.Dense, c) if self.linear_proj else partial(nn.Conv, c, (1, 1))
         y = group_norm(self.groups, epsilon=1e-6, name='norm')(x)
-        y = proj(name='proj_in')(y).reshape(b, h * w, c)
+        y = proj(name='proj_in')(y).reshape(len(x), -1, c)
         for i in range(self.depth):
             y = Block(self.heads, name=f'transformer_blocks.{i}')(y, context)
-        return x + proj(name='proj_out')(y.reshape(b, h, w, c))
+        return x + proj(name='proj_out')(y.reshape(x.shape))
 
 
 class UNet(nn.Module):
@@ -105,14 +105,14 @@ class UNet(nn.Module):
                 x = transformer(x, context)
             return x
 
-        x = conv3(s.widths[0], name='conv_in')(z)
+        x = Conv3(s.widths[0], name='conv_in')(z)
         skips = [x]
         for i, depths in enumerate(s.down):
             for j, depth in enumerate(depths):
                 x = slot(x, i, f'down_blocks.{i}', j, depth)
                 skips.append(x)
             if i < len(s.down) - 1:
-                x = conv3(s.widths[i], strides=2, name=f'down_blocks.{i}.downsamplers.0.conv')(x)
+                x = Conv3(s.widths[i], strides=2, name=f'down_blocks.{i}.downsamplers.0.conv')(x)
                 skips.append(x)
 
         x = slot(x, -1, 'mid_block', 0, s.mid)
@@ -126,7 +126,7 @@ class UNet(nn.Module):
                 x = upsample(x)[
                     :, : skips[-1].shape[1], : skips[-1].shape[2]
                 ]  # less a row where odd
-                x = conv3(s.widths[-1 - i], name=f'up_blocks.{i}.upsamplers.0.conv')(x)
+                x = Conv3(s.widths[-1 - i], name=f'up_blocks.{i}.upsamplers.0.conv')(x)
 
         x = nn.silu(group_norm(s.groups, epsilon=1e-5, name='conv_norm_out')(x))
-        return conv3(s.out_channels, name='conv_out')(x)
+        return Conv3(s.out_channels, name='conv_out')(x)

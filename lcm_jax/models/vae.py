@@ -5,7 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lcm_jax.models.layers import Attention, ResNet, conv3, group_norm, upsample
+from lcm_jax.models.layers import Attention, Conv3, ResNet, group_norm, upsample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class MidAttention(Attention):
 
     @nn.compact
     def __call__(self, x):
-        b, h, w, c = x.shape
-        y = group_norm(self.groups, epsilon=1e-6, name='group_norm')(x).reshape(b, h * w, c)
-        return x + super().__call__(y).reshape(x.shape)
+        y = group_norm(self.groups, epsilon=1e-6, name='group_norm')(x)
+        y = super().__call__(y.reshape(len(x), -1, x.shape[-1]))
+        return x + y.reshape(x.shape)
 
 
 class Coder(nn.Module):
@@ -50,21 +50,20 @@ class Coder(nn.Module):
 
     def output(self, x, channels):
         x = nn.silu(group_norm(self.spec.groups, epsilon=1e-6, name='conv_norm_out')(x))
-        return conv3(channels, name='conv_out')(x)
+        return Conv3(channels, name='conv_out')(x)
 
 
 class Encoder(Coder):
     @nn.compact
     def __call__(self, x):
         s = self.spec
-        x = conv3(s.widths[0], name='conv_in')(x)
+        x = Conv3(s.widths[0], name='conv_in')(x)
         for i, width in enumerate(s.widths):
             for j in range(s.resnets):
                 x = self.resnet(x, i, f'down_blocks.{i}.resnets.{j}')
             if i < len(s.widths) - 1:
-                x = nn.Conv(
+                x = Conv3(
                     width,
-                    (3, 3),
                     strides=2,
                     padding=((0, 1), (0, 1)),
                     name=f'down_blocks.{i}.downsamplers.0.conv',
@@ -76,12 +75,12 @@ class Decoder(Coder):
     @nn.compact
     def __call__(self, z):
         s = self.spec
-        x = self.middle(conv3(s.widths[-1], name='conv_in')(z))
+        x = self.middle(Conv3(s.widths[-1], name='conv_in')(z))
         for i, width in enumerate(reversed(s.widths)):
             for j in range(s.resnets + 1):
                 x = self.resnet(x, -1 - i, f'up_blocks.{i}.resnets.{j}')
             if i < len(s.widths) - 1:
-                x = conv3(width, name=f'up_blocks.{i}.upsamplers.0.conv')(upsample(x))
+                x = Conv3(width, name=f'up_blocks.{i}.upsamplers.0.conv')(upsample(x))
         return self.output(x, 3)
 
 

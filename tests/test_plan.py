@@ -1,0 +1,88 @@
+"""Forward passes as planned for TPUs: in strips, without arrays of tokens by tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcm_jax import lora, plan
+from lcm_jax.models.attention import attend
+from lcm_jax.models.layers import from_strips, strips_for, to_strips
+from lcm_jax.models.unet import UNet, UNetSpec
+from lcm_jax.models.vae import VAE, VAESpec
+from lcm_jax.models.zoo import ModelSpec
+
+MODEL = ModelSpec(
+    UNetSpec(
+        widths=(8, 16),
+        down=((0,), (1,)),
+        mid=1,
+        up=((1, 0), (0, 0)),
+        heads=(2, 2),
+        context_dim=8,
+        groups=4,
+    ),
+    VAESpec(widths=(8, 8), resnets=1, groups=4),
+    (),
+    resolution=32,
+)
+
+
+def draw(tree, scale=1.0):
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    return treedef.unflatten(
+        [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+def assert_close(ours, reference):
+    np.testing.assert_allclose(ours, reference, atol=2e-5 * float(jnp.abs(reference).max()))
+
+
+def test_unet_in_strips():
+    """Equal to the UNet of whole pictures, its LoRA too."""
+    fn, params, inputs, _ = plan.unet_forward(MODEL, 32, 1, jnp.float32)
+    params, inputs = draw(params, 0.3), draw(inputs)
+    whole = jax.jit(lambda params, x: UNet(MODEL.unet).apply({'params': params}, **x))
+    assert_close(jax.jit(fn)(params, inputs), whole(params, inputs))
+    adapter = draw(lora.init(jax.random.key(1), params, 2), 0.3)
+    adapted = jax.jit(lora.apply(fn, adapter))(params, inputs)
+    assert_close(adapted, whole(lora.merge(params, adapter), inputs))
+
+
+def test_vae_in_strips():
+    fn, params, z, _ = plan.vae_forward(MODEL, 32, 1, jnp.float32)
+    params, z = draw(params, 0.3), draw(z)
+
+    @jax.jit
+    def both(params, z):
+        def vae(x, method):
+            return VAE(MODEL.vae).apply({'params': params}, x, method=method)
+
+        pictures = vae(z, 'decode')
+        encoded = jax.tree.map(from_strips, vae(to_strips(pictures, 8), 'encode'))
+        return (fn(params, z), encoded), (pictures, vae(pictures, 'encode'))
+
+    jax.tree.map(assert_close, *both(params, z))
+
+
+def test_strips_fill_eight_rows():
+    for samples in range(1, 20):
+        assert samples * strips_for(samples) >= 8
+        assert samples * strips_for(samples) < 16 or strips_for(samples) == 1
+
+
+@pytest.mark.parametrize(('fn', 'found'), [(jax.nn.dot_product_attention, True), (attend, False)])
+def test_finds_squares_of_tokens(fn, found):
+    x = jax.ShapeDtypeStruct((1, 2048, 1, 8), jnp.float32)
+    hlo = jax.jit(fn).lower(x, x, x).compile().as_text()
+    cost = plan.Cost(0.0, 0.0, 0.0, 0, 0, hlo)
+    assert bool(cost.squares(2048)) == found
+
+
+def test_compiles_for_tpus():
+    pytest.importorskip('libtpu')
+    forward = plan.unet_forward(MODEL, 32, 1, jnp.bfloat16)
+    cost = plan.compiled_for('v5e:2x2', forward.fn, forward.params, forward.inputs)
+    assert cost.bytes_accessed > cost.arguments > 0
