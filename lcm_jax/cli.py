@@ -96,7 +96,7 @@ def convert(args):
     from lcm_jax.convert import convert
 
     loras = [lora_cli.term(text) for text in args.lora]
-    print(convert(args.source, args.out, args.to, args.dtype, loras))
+    print(convert(args.source, args.out, args.to, args.dtype, loras, args.prediction_type))
 
 
 def parser():
@@ -151,6 +151,9 @@ def parser():
         default=[],
         metavar='FILE:SCALE',
         help='a LoRA to merge into the weights; repeatable; without :SCALE it is 1',
+    )
+    p.add_argument(
+        '--prediction-type', help='epsilon, v_prediction or sample, in place of what the model says'
     )
 
     lora_cli.add(verbs, verb)

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax import lora, orbax_io, single, weights
-from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_model
+from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_folder, open_model
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files.dialects import COMPONENTS as LORA_COMPONENTS
 from lcm_jax.lora_files.files import read_lora
@@ -151,6 +151,9 @@ def write_rest(ckpt, found, folder):
 
     if ckpt.folder.is_dir():
         shutil.copytree(ckpt.folder, folder, ignore=weights_in)
+        if open_folder(folder).scheduler != ckpt.scheduler:  # another prediction type
+            (folder / SCHEDULER).parent.mkdir(exist_ok=True)
+            (folder / SCHEDULER).write_text(json.dumps(ckpt.scheduler, indent=2) + '\n')
         return
     there = {*found, 'scheduler'}
     texts = {f'{part}/config.json': ckpt.configs[part] for part in found}

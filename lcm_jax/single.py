@@ -18,9 +18,9 @@ MODEL = 'lcm_jax.model'  # our metadata: configs, index, scheduler and tokenizer
 # Keys that hold nothing a model needs: EMA copies, noise schedules, training leftovers.
 NOTHING = re.compile(
     r'(model_ema|embedding_manager|denoiser)\..*|first_stage_model\.(loss|model_ema)\..*'
-    r'|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|sqrt_recipm?1?_alphas_cumprod'
-    r'|log_one_minus_alphas_cumprod|betas|posterior_\w+|lvlb_weights|logvar|scale_factor'
-    r'|(.*\.)?(logit_scale|position_ids|attn_mask)|.*transformer\.text_projection\.weight|v_pred|ztsnr'
+    r'|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+'
+    r'|lvlb_weights|logvar|scale_factor|v_pred|ztsnr'
+    r'|(.*\.)?(logit_scale|position_ids|attn_mask)|.*transformer\.text_projection\.weight'
 )
 
 

@@ -62,7 +62,7 @@ class Tensor:
         return self.size * self.dtype.itemsize
 
     def __array__(self, dtype=None, copy=None):
-        return self.read() if dtype is None else self.read().astype(dtype, copy=False)
+        return np.array(self.read(), dtype, copy=copy)
 
     def map(self, fn, shape=None):
         """fn of the array, once it is read; `shape` is that of the result, if another."""

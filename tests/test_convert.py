@@ -147,6 +147,13 @@ def test_what_has_no_place_in_a_single_file_is_said(tmp_path):
     assert said.endswith('text_encoder; that form has no place for image_encoder')
 
 
+@pytest.mark.parametrize('out', ['back', 'x.safetensors'])
+def test_another_prediction_type_is_written(canonical, tmp_path, out):
+    convert(canonical, tmp_path / out, prediction_type='v_prediction')
+    theirs = open_model(canonical).scheduler
+    assert open_model(tmp_path / out).scheduler == theirs | {'prediction_type': 'v_prediction'}
+
+
 @pytest.mark.parametrize('family', ['sd1', 'sdxl'])
 def test_diffusers_opens_our_single_files(family, tiny_folder, tmp_path):
     """from_single_file, offline, with the folder's configs: every weight is in its place."""

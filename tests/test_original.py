@@ -127,3 +127,24 @@ def test_full_size_files_are_recognised_and_covered(name):
     dummies = {key: single.Tensor(key, shape, None, None) for key, shape in file.items()}
     opened = single.open_parts(dummies, layout, parts, want, name)
     assert {p: {k: x.shape for k, x in xs.items()} for p, xs in opened.items()} == want
+
+
+def test_keys_that_hold_nothing():
+    """What the published files hold beside weights; and names near them that must not be lost."""
+    schedule = (
+        'betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod lvlb_weights '
+        'sqrt_one_minus_alphas_cumprod log_one_minus_alphas_cumprod sqrt_recip_alphas_cumprod '
+        'sqrt_recipm1_alphas_cumprod posterior_variance posterior_log_variance_clipped '
+        'posterior_mean_coef1 posterior_mean_coef2 logvar scale_factor denoiser.sigmas'
+    )
+    others = (
+        'model_ema.decay model_ema.diffusion_modelinput_blocks00weight v_pred ztsnr '
+        'first_stage_model.loss.discriminator.main.0.weight cond_stage_model.model.logit_scale '
+        'cond_stage_model.transformer.text_model.embeddings.position_ids '
+        'conditioner.embedders.0.transformer.text_projection.weight'
+    )
+    assert all(single.NOTHING.fullmatch(key) for key in f'{schedule} {others}'.split())
+    for key in ('edm_mean', 'cond_stage_model.model.text_projection', 'model.betas_x', 'beta'):
+        assert not single.NOTHING.fullmatch(key)
+    for model in PUBLISHED.values():
+        assert not any(single.NOTHING.fullmatch(key) for key in model[1:])
