@@ -1,12 +1,13 @@
 """The layers' own ways of computing, against XLA's."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from lcm_jax.models.layers import LARGE_KERNEL, Conv3, from_strips, to_strips
+from lcm_jax.models.layers import LARGE_KERNEL, Conv3, from_strips, group_norm, to_strips
 
 
 @pytest.mark.parametrize('strides', [1, 2])
@@ -52,3 +53,23 @@ def test_conv_of_strips(strides, padding):
     if strides == 2:
         with pytest.raises(ValueError, match='strips 1 columns wide'):
             layer.apply(params, to_strips(x, 8))
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 2e-5), (jnp.bfloat16, 2e-2)])
+def test_norms_far_from_zero(dtype, tolerance):
+    """Of numbers whose mean is 10 times their spread."""
+    x = jnp.asarray(10 + jax.random.normal(jax.random.key(0), (2, 32, 32, 8)), dtype)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return group_norm(4, epsilon=1e-6)(x)
+
+    params = jax.tree.map(lambda p: p.astype(dtype), Net().init(jax.random.key(1), x))
+    ours = Net().apply(params, x)
+    assert ours.dtype == dtype
+    groups = np.float64(x).reshape(2, -1, 4, 2)
+    mean, spread = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.std))
+    error = np.abs(np.float64(ours) - ((groups - mean) / spread).reshape(x.shape)).max()
+    print(f'{dtype.__name__}: {error:.1e}')
+    assert error <= tolerance
