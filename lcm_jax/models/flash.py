@@ -45,7 +45,7 @@ def _divide(axes, lengths):
 def _attention(q, k, v, *, interpret):
     """q [B,H,L,D], k and v [B,H,M,D] -> [B,H,L,D], on one device."""
     l, m = q.shape[2], k.shape[2]
-    k = (k.astype(jnp.float32) * k.shape[3] ** -0.5).astype(k.dtype)  # the shorter, of a text
+    k = (k.astype(jnp.float32) * k.shape[3] ** -0.5).astype(k.dtype)  # texts have few
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, 0))) for x in (q, k, v))
     queries, keys = (next(n for n in BLOCKS if x.shape[2] % n == 0) for x in (q, k))
     sizes = splash.BlockSizes(
@@ -55,6 +55,7 @@ def _attention(q, k, v, *, interpret):
         block_kv_dkv=keys,
         block_q_dq=queries,
         block_kv_dq=keys,
+        # Tokens minor, as a projection's product can be written without a transposition.
         q_layout=splash.QKVLayout.SEQ_MINOR,
         k_layout=splash.QKVLayout.SEQ_MINOR,
         v_layout=splash.QKVLayout.SEQ_MINOR,

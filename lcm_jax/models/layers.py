@@ -1,4 +1,4 @@
-"""Layers that the UNet and the VAE share. Names inside are diffusers'; layout is NHWC."""
+"""Layers that the UNet and the VAE share. Names inside are diffusers'; layout is NHWC, or strips."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ def strips_for(samples):
     """How many strips of each picture TPUs want, by the samples of one device: 8 strips in all.
 
     Their convolutions fill a register's 8 rows with the batch. A smaller one XLA cuts up and puts
-    together again around each convolution, which moves more bytes than all else in a UNet.
+    together again around each convolution: more than half of the bytes that a VAE's decoder moves.
     """
     return 1 << (7 // samples).bit_length()
 
