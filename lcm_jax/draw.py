@@ -12,6 +12,7 @@ from lcm_jax import samplers
 from lcm_jax.conditioning import guidance_embedding
 from lcm_jax.diffusion import alpha_sigma, denoiser, guided
 from lcm_jax.errors import InputError
+from lcm_jax.models.layers import in_strips
 from lcm_jax.models.tiny import TinySpec, autoencoder
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.vae import VAESpec
@@ -29,6 +30,7 @@ class Plan:
     prediction_type: str
     sampler: str
     short: bool  # fewer than samplers.SHORT steps, strength aside
+    platform: str  # 'tpu' cuts pictures into strips
     mesh: Mesh | None = None  # each device along its 'data' axis draws its part of the batch
 
 
@@ -98,7 +100,7 @@ def check_finite(finite, params):
 def _draw(plan, params, abar, rows, pictures, times, guidance, pure):
     noise, z, mask = samplers.fresh(rows['keys']), rows['noise'], pictures.get('mask')
     latents = {  # each from noise of its own, beyond that of the steps
-        name: encode(plan.vae, params['vae'], pictures[name], noise(len(abar) + 1 + i, z.shape))
+        name: encode(plan, params['vae'], pictures[name], noise(len(abar) + 1 + i, z.shape))
         for i, name in enumerate(('image', 'masked'))
         if name in pictures
     }
@@ -120,7 +122,7 @@ def _draw(plan, params, abar, rows, pictures, times, guidance, pure):
     model = _model(plan, params['unet'], abar, rows, channels, guidance)
     solver = samplers.SAMPLERS[plan.sampler].solver(plan.short)
     end = samplers.sample(model, solver, start, times, abar, noise, keep)
-    x = decode(plan.vae, params['vae'], end)
+    x = decode(plan, params['vae'], end)
     finite = [_finite(part, len(z)) for part in (rows['cond'], latents, end, x)]
     return to_uint8(x), jnp.stack(finite, 1)
 
@@ -137,7 +139,9 @@ def _model(plan, params, abar, rows, channels, guidance):
 
     def net(z, t):
         z = jnp.concatenate([z, *channels], -1)
-        return apply_unet(plan.unet, params, z, t, **cond)
+        return _apply(
+            plan, lambda z: apply_unet(plan.unet, params, z, t, **cond), z, plan.unet.factor
+        )
 
     model = denoiser(net, plan.prediction_type, abar)
     return model if null is None else guided(model, guidance)
@@ -150,18 +154,31 @@ def apply_unet(spec, params, z, t, context, **cond):
     return UNet(spec).apply({'params': params}, z.astype(dtype), t, context, **cond)
 
 
-def encode(spec, params, pictures, noise):
+def _apply(plan, fn, x, stride):
+    """fn(x) of pictures or latents, cut into strips where the platform's convolutions want them."""
+    return in_strips(fn, x, stride) if plan.platform == 'tpu' else fn(x)
+
+
+def encode(plan, params, pictures, noise):
     """pictures [.,H,W,3] in -1..1, noise [N,h,w,C] -> scaled latents [N,h,w,C], drawn by it."""
-    pictures = pictures.astype(jax.tree.leaves(params)[0].dtype)
-    mean, logvar = autoencoder(spec).apply({'params': params}, pictures, method='encode')
-    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-    return spec.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
+    vae, pictures = autoencoder(plan.vae), pictures.astype(jax.tree.leaves(params)[0].dtype)
+
+    def moments(x):
+        return jnp.concatenate(vae.apply({'params': params}, x, method='encode'), -1)
+
+    moments = _apply(plan, moments, pictures, plan.vae.factor).astype(jnp.float32)
+    mean, logvar = jnp.split(moments, 2, -1)
+    return plan.vae.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
 
-def decode(spec, params, z):
+def decode(plan, params, z):
     """Scaled latents [B,h,w,C] -> pictures [B,H,W,3] float32, in -1..1 but for overshoot."""
-    z = (z / spec.scaling_factor).astype(jax.tree.leaves(params)[0].dtype)
-    return autoencoder(spec).apply({'params': params}, z, method='decode').astype(jnp.float32)
+    vae, z = autoencoder(plan.vae), z / plan.vae.scaling_factor
+
+    def pictures(z):
+        return vae.apply({'params': params}, z, method='decode')
+
+    return _apply(plan, pictures, z.astype(jax.tree.leaves(params)[0].dtype), 1).astype(jnp.float32)
 
 
 def to_uint8(x):

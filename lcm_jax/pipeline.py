@@ -68,7 +68,8 @@ class Pipeline:
         if vae is not None:
             sources['vae'] = open_part(vae, 'vae')
         specs = {part: source.spec(part) for part, source in sources.items()}
-        dtypes = dict.fromkeys(sources, dtype or _default_dtype(mesh)) | {'vae': vae_dtype}
+        default = jnp.float32 if _platform(mesh) == 'cpu' else jnp.bfloat16
+        dtypes = dict.fromkeys(sources, dtype or default) | {'vae': vae_dtype}
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         params = {
             part: source.load(part, dtypes[part], (sharding or {}).get(part, whole))
@@ -254,7 +255,7 @@ class Pipeline:
         }
         kind, short = self.schedule.prediction_type, steps < samplers.SHORT
         drawn, finite = draw(
-            Plan(unet, vae, kind, sampler, short, self.mesh),
+            Plan(unet, vae, kind, sampler, short, _platform(self.mesh), self.mesh),
             {part: self.merged[part] for part in ('unet', 'vae')},
             self.schedule.abar,
             *on_mesh(self.mesh, rows, pictures),
@@ -285,9 +286,8 @@ class Pipeline:
         return {'keys': keys, 'noise': jnp.asarray(latents, jnp.float32)}
 
 
-def _default_dtype(mesh):
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return jnp.float32 if platform == 'cpu' else jnp.bfloat16
+def _platform(mesh):
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax.models import shapes
-from lcm_jax.models.layers import from_strips, strips_for, to_strips
+from lcm_jax.models.layers import in_strips
 from lcm_jax.models.tiny import autoencoder
 from lcm_jax.models.unet import UNet
 
@@ -53,8 +53,10 @@ def unet_forward(model, size, batch, dtype):
         return jax.ShapeDtypeStruct((batch, *shape), dtype)
 
     def fn(params, inputs):
-        z = to_strips(inputs['z'], strips_for(batch))
-        return from_strips(UNet(spec).apply({'params': params}, **inputs | {'z': z}))
+        def unet(z):
+            return UNet(spec).apply({'params': params}, **inputs | {'z': z})
+
+        return in_strips(unet, inputs['z'], spec.factor)
 
     inputs = {
         'z': array(side, side, spec.in_channels),
@@ -74,8 +76,10 @@ def vae_forward(model, size, batch, dtype):
     spec, side = model.vae, size // model.vae.factor
 
     def fn(params, z):
-        z = to_strips(z, strips_for(batch))
-        return from_strips(autoencoder(spec).apply({'params': params}, z, method='decode'))
+        def decode(z):
+            return autoencoder(spec).apply({'params': params}, z, method='decode')
+
+        return in_strips(decode, z, 1)
 
     z = jax.ShapeDtypeStruct((batch, side, side, spec.latent_channels), dtype)
     return Forward(fn, shapes.vae_shapes(spec, dtype), z, {side**2})

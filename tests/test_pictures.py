@@ -23,6 +23,7 @@ from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels
 from lcm_jax.lora_files.files import write_lora
+from lcm_jax.models import layers
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tree import map_named, named
 
@@ -441,6 +442,18 @@ def test_a_mesh_draws_the_same_pictures(both):
         many = np.load(folder / f'{name}.npy')
         assert many.shape == (3, 16, 16, 3) and many.std() > 20
         assert np.abs(many[:2].astype(int) - pixels(drawn)).max() <= 1, name
+
+
+def test_strips_draw_the_same_pictures(both, monkeypatch):
+    """As on TPUs, which cut pictures into strips."""
+    ours, cut = both('sdxl')[0], []
+    options = {'image': picture(0), 'mask': blob(), 'size': (64, 96), 'steps': 2, 'guidance': 3.0}
+    whole = ours(PROMPTS[0], **options)
+    monkeypatch.setattr(module, '_platform', lambda mesh: 'tpu')
+    to_strips = layers.to_strips
+    monkeypatch.setattr(layers, 'to_strips', lambda x, n: cut.append(n) or to_strips(x, n))
+    assert psnr(ours(PROMPTS[0], **options), whole) >= 60
+    assert len(cut) >= 3 and min(cut) > 1  # VAE encoder, UNet, VAE decoder
 
 
 def test_a_single_file_draws_what_its_folder_draws(both, tmp_path):

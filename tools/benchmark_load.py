@@ -22,11 +22,11 @@ from lcm_jax.models.zoo import MODELS
 
 OURS = """
 import jax
-from lcm_jax.checkpoint import open_model
+from lcm_jax.pipeline import Pipeline
 def load(folder, dtype):
-    ckpt = open_model(folder)
-    tokenizers = [ckpt.tokenizer(name) for name in ckpt.index if name.startswith('tokenizer')]
-    return jax.block_until_ready({part: ckpt.load(part, dtype) for part in ckpt.configs})
+    pipe = Pipeline.load(folder, dtype, vae_dtype=dtype)
+    jax.block_until_ready(pipe.params)
+    return pipe
 """
 PEER = """
 import diffusers, torch

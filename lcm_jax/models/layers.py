@@ -35,6 +35,17 @@ def from_strips(x):
     return x.swapaxes(2, 3).reshape(b, h, n * w, c)
 
 
+def in_strips(fn, x, stride):
+    """fn of pictures x [B,h,w,C], which may take strips instead, by as many as TPUs want.
+
+    stride: the product of all strides in fn; the strips' width must be a multiple of it.
+    """
+    n = strips_for(len(x))
+    while x.shape[2] % (n * stride):
+        n //= 2
+    return from_strips(fn(to_strips(x, n))) if n > 1 else fn(x)
+
+
 def _halo(x, left, right):
     """Strips [B,h,w,n,C] with columns of their neighbours at both sides; zeros outside the picture."""
     before = jnp.pad(x[:, :, x.shape[2] - left :, :-1], ((0, 0),) * 3 + ((1, 0), (0, 0)))

@@ -31,7 +31,7 @@ def _repeated(tree, name, layers):
 
 def unet_shapes(spec, dtype=jnp.float32):
     """UNetSpec -> the parameter tree of `UNet(spec)`."""
-    side = 2 ** (len(spec.widths) - 1)
+    side = spec.factor
     down, up = (
         tuple(tuple(min(depth, 1) for depth in level) for level in way)
         for way in (spec.down, spec.up)

@@ -29,6 +29,11 @@ class UNetSpec:
     out_channels: int = 4
     groups: int = 32
 
+    @property
+    def factor(self):
+        """How many times coarser the coarsest level is than the latents."""
+        return 2 ** (len(self.widths) - 1)
+
 
 class TimeMLP(nn.Module):
     """diffusers `TimestepEmbedding`: x [B,E], w [B,W] or None -> [B,width]."""
