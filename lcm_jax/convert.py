@@ -14,6 +14,7 @@ from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_folder
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files.dialects import COMPONENTS as LORA_COMPONENTS
 from lcm_jax.lora_files.files import read_lora
+from lcm_jax.tensors import write_tensors
 from lcm_jax.tree import named
 
 DTYPES = {'keep': None, 'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
@@ -117,14 +118,14 @@ def write_single(ckpt, found, file):
         tokenizer = ckpt.tokenizer(name)
         if not tokenizer.is_clip(single.pad(layout, name)):
             texts |= {f'{name}/{file}': text for file, text in tokenizer.texts().items()}
-    weights.write_tensors(file, *single.pack(ckpt, found, texts))
+    write_tensors(file, *single.pack(ckpt, found, texts))
 
 
 def write_diffusers(ckpt, found, folder):
     """A model as a diffusers folder."""
     write_rest(ckpt, found, folder)
     for part, tensors in found.items():
-        weights.write_tensors(folder / part / COMPONENTS[part][0], tensors)
+        write_tensors(folder / part / COMPONENTS[part][0], tensors)
 
 
 def write_orbax(ckpt, found, folder):

@@ -39,7 +39,7 @@ def make_step(loss, tx, ema_decay):
         params = optax.apply_updates(state.params, updates)
         decay = jax.numpy.minimum(ema_decay, (1 + state.step) / (10 + state.step))
         ema = optax.incremental_update(params, state.ema, 1 - decay)
-        metrics = {'loss': value, 'grad_norm': optax.global_norm(grads), **metrics}
+        metrics = {'loss': value, 'grad_norm': optax.tree.norm(grads), **metrics}
         return State(state.step + 1, params, ema, opt), metrics
 
     return jax.jit(step, donate_argnums=0)

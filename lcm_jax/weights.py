@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lcm_jax.errors import InputError, nearest
-from lcm_jax.tensors import lazy, read_json, read_tensors, write_tensors  # noqa: F401
+from lcm_jax.tensors import lazy
 from lcm_jax.tree import map_named, named
 
 # (our path, their leaf, {rank: their axes in terms of ours}); first match wins.

@@ -16,6 +16,7 @@ from lcm_jax import single, tensors, weights
 from lcm_jax.checkpoint import COMPONENTS, needed, open_model, weights_file
 from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
+from lcm_jax.tensors import read_tensors, write_tensors
 from lcm_jax.tree import named
 
 UNET = 'unet/diffusion_pytorch_model.safetensors'
@@ -129,7 +130,7 @@ def single_file(tiny_folder, tmp_path_factory):
         file = root / f'{name}.safetensors'
         if not file.is_file():
             convert(tiny_folder(name)[0], root / 'with.safetensors')
-            found, metadata = weights.read_tensors(root / 'with.safetensors')
+            found, metadata = read_tensors(root / 'with.safetensors')
             assert single.MODEL in metadata
             save_file({k: torch.tensor(x) for k, x in found.items()}, file)
             (root / 'with.safetensors').unlink()
@@ -184,21 +185,21 @@ WHOLE_TOWER = {  # what the published SD 2 files hold beside the 23 layers that 
 
 
 def test_sd2_files_with_the_whole_text_encoder(single_file, tiny_folder, tmp_path):
-    found, _ = weights.read_tensors(single_file('sd2'))
-    weights.write_tensors(tmp_path / 'x.safetensors', found | WHOLE_TOWER)
+    found, _ = read_tensors(single_file('sd2'))
+    write_tensors(tmp_path / 'x.safetensors', found | WHOLE_TOWER)
     ckpt = open_model(tmp_path / 'x.safetensors')
     assert ckpt.spec('text_encoder').layers == 3
     same(ckpt, tiny_folder('sd2')[1])
     more = {'cond_stage_model.model.transformer.resblocks.9.ln_1.weight': np.ones(3, np.float16)}
-    weights.write_tensors(tmp_path / 'x.safetensors', found | more)
+    write_tensors(tmp_path / 'x.safetensors', found | more)
     with pytest.raises(InputError, match=r'1 unexpected: .*resblocks\.9'):
         open_model(tmp_path / 'x.safetensors').tensors('text_encoder')
 
 
 def test_prediction_type(single_file, tmp_path):
     def kind(extra=None, metadata=None, name='sdxl', **options):
-        found, _ = weights.read_tensors(single_file(name))
-        weights.write_tensors(tmp_path / 'x.safetensors', found | (extra or {}), metadata)
+        found, _ = read_tensors(single_file(name))
+        write_tensors(tmp_path / 'x.safetensors', found | (extra or {}), metadata)
         return open_model(tmp_path / 'x.safetensors', **options).scheduler
 
     zero = np.zeros(0, np.float16)
@@ -276,7 +277,7 @@ def test_written_files_are_those_of_safetensors(tmp_path):
     } | {'é"\n': torch.tensor(1.5), 'f8': torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn)}
     save_file(found, tmp_path / 'theirs', metadata={'format': 'pt'})
     lazily, _ = tensors.open_tensors(tmp_path / 'theirs')
-    weights.write_tensors(tmp_path / 'ours', lazily)
+    write_tensors(tmp_path / 'ours', lazily)
     assert (tmp_path / 'ours').read_bytes() == (tmp_path / 'theirs').read_bytes()
     back = load_file(tmp_path / 'ours')
     assert all(x.dtype == back[k].dtype and x.shape == back[k].shape for k, x in found.items())
@@ -288,15 +289,15 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
     bad = tensors.Tensor('x', (2,), np.dtype(np.float32), read)
     with pytest.raises(InputError, match='cannot be read'):
-        weights.write_tensors(tmp_path / 'x', {'a': np.ones(3, np.float32), 'b': bad})
+        write_tensors(tmp_path / 'x', {'a': np.ones(3, np.float32), 'b': bad})
     assert not [*tmp_path.iterdir()]
 
 
 def test_values_that_a_dtype_cannot_hold(folder):
-    found, _ = weights.read_tensors(folder / UNET)
+    found, _ = read_tensors(folder / UNET)
     found = {k: x.astype(np.float32) for k, x in found.items()}
     found['conv_in.bias'][1] = 1e6
-    weights.write_tensors(folder / UNET, found)
+    write_tensors(folder / UNET, found)
     open_model(folder).load('unet', jnp.bfloat16)
     with pytest.raises(InputError, match=r'conv_in\.bias holds values that float16 cannot'):
         open_model(folder).load('unet', jnp.float16)
@@ -307,9 +308,9 @@ def test_values_that_a_dtype_cannot_hold(folder):
 
 def edit(change):
     def damage(file):
-        found, metadata = weights.read_tensors(file)
+        found, metadata = read_tensors(file)
         change(found)
-        weights.write_tensors(file, found, metadata)
+        write_tensors(file, found, metadata)
 
     return damage
 
@@ -406,9 +407,9 @@ BAD_SINGLE = {
 @pytest.mark.parametrize('case', BAD_SINGLE)
 def test_bad_single_files(case, single_file, tmp_path):
     damage, said = BAD_SINGLE[case]
-    found, _ = weights.read_tensors(single_file('sd1'))
+    found, _ = read_tensors(single_file('sd1'))
     damage(found)
-    weights.write_tensors(tmp_path / 'x.safetensors', found)
+    write_tensors(tmp_path / 'x.safetensors', found)
     with pytest.raises(InputError, match=said) as e:
         open_model(tmp_path / 'x.safetensors').tensors('vae')
     assert '\n' not in str(e.value) and 'x.safetensors' in str(e.value)

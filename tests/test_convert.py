@@ -8,13 +8,13 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from lcm_jax import weights
 from lcm_jax.adapters import LORAS
 from lcm_jax.checkpoint import open_model
 from lcm_jax.convert import FORMS, convert
 from lcm_jax.errors import InputError
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.single import MODEL
+from lcm_jax.tensors import read_tensors, write_tensors
 from lcm_jax.tree import named
 
 UNET = 'unet/diffusion_pytorch_model.safetensors'
@@ -26,7 +26,7 @@ def files(folder):
 
 
 def same_tensors(a, b):
-    a, b = (weights.read_tensors(file)[0] for file in (a, b))
+    a, b = (read_tensors(file)[0] for file in (a, b))
     assert a.keys() == b.keys()
     for key, x in a.items():
         assert x.dtype == b[key].dtype and x.tobytes() == b[key].tobytes(), key
@@ -80,7 +80,7 @@ def test_diffusers_loads_what_comes_back(random_folder, tmp_path):
 def test_dtype(canonical, tmp_path):
     convert(canonical, tmp_path / 'orbax', dtype='float32')
     convert(tmp_path / 'orbax', tmp_path / 'back', dtype='bfloat16')
-    wide, _ = weights.read_tensors(tmp_path / 'back' / UNET)
+    wide, _ = read_tensors(tmp_path / 'back' / UNET)
     assert {str(x.dtype) for x in wide.values()} == {'bfloat16'}
 
 
@@ -92,7 +92,7 @@ def test_mixed_dtypes_are_kept(canonical, tmp_path):
         convert(last, tmp_path / name)
         last = tmp_path / name
     same_tensors(source / UNET, last / UNET)
-    assert weights.read_tensors(last / UNET)[0]['conv_in.bias'].dtype == np.float32
+    assert read_tensors(last / UNET)[0]['conv_in.bias'].dtype == np.float32
 
 
 def break_file(folder):
@@ -100,20 +100,20 @@ def break_file(folder):
 
 
 def drop_tensor(folder):
-    tensors, _ = weights.read_tensors(folder / UNET)
+    tensors, _ = read_tensors(folder / UNET)
     tensors.pop('conv_in.bias')
-    weights.write_tensors(folder / UNET, tensors)
+    write_tensors(folder / UNET, tensors)
 
 
 def break_tensor(folder):
-    tensors, _ = weights.read_tensors(folder / UNET)
+    tensors, _ = read_tensors(folder / UNET)
     tensors['conv_in.bias'][0] = np.inf
-    weights.write_tensors(folder / UNET, tensors)
+    write_tensors(folder / UNET, tensors)
 
 
 def mix_dtypes(folder):
-    tensors, _ = weights.read_tensors(folder / UNET)
-    weights.write_tensors(
+    tensors, _ = read_tensors(folder / UNET)
+    write_tensors(
         folder / UNET, tensors | {'conv_in.bias': tensors['conv_in.bias'].astype(np.float32)}
     )
 
@@ -135,7 +135,7 @@ def test_every_form_to_every_form_to_the_last_bit(family, tiny_folder, tmp_path)
 
 def test_another_tokenizer_travels_in_the_single_file(random_folder, tmp_path):
     convert(random_folder, tmp_path / 'x.safetensors')
-    assert 'tokenizer/tokenizer.json' in weights.read_tensors(tmp_path / 'x.safetensors')[1][MODEL]
+    assert 'tokenizer/tokenizer.json' in read_tensors(tmp_path / 'x.safetensors')[1][MODEL]
     prompts = ['a red heart, noto emoji']
     ours, theirs = (open_model(m).tokenizer() for m in (tmp_path / 'x.safetensors', random_folder))
     np.testing.assert_array_equal(ours(prompts), theirs(prompts))

@@ -17,7 +17,7 @@ import torch
 from random_model import write_model
 from safetensors.numpy import load_file
 
-from lcm_jax import lora, single, weights
+from lcm_jax import lora, single
 from lcm_jax.checkpoint import open_folder, open_model
 from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
@@ -26,6 +26,7 @@ from lcm_jax.models.clip import TextSpec
 from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
 from lcm_jax.models.zoo import ModelSpec
+from lcm_jax.tensors import read_tensors, write_tensors
 from lcm_jax.tree import named
 
 SPEC = ModelSpec(
@@ -206,7 +207,7 @@ def told_file(folder, new):
 
 def bare_file(folder, new):
     file = told_file(folder, new)
-    weights.write_tensors(file, weights.read_tensors(file)[0])
+    write_tensors(file, read_tensors(file)[0])
     return file
 
 
@@ -239,7 +240,7 @@ def lora_kind(dialect):
         (new / 'model').symlink_to(folder)
         file = new / 'lora.safetensors'
         found = lora_dialects.DIALECTS[dialect](lora_dialects.peft(models(file), rank=2))
-        weights.write_tensors(file, found, {'ss_network_dim': '2'})
+        write_tensors(file, found, {'ss_network_dim': '2'})
         return file
 
     def load(file):

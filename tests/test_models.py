@@ -20,6 +20,7 @@ from lcm_jax.models.tiny import TinySpec, autoencoder
 from lcm_jax.models.unet import UNet
 from lcm_jax.models.vae import VAE
 from lcm_jax.models.zoo import MODELS
+from lcm_jax.tensors import read_json, read_tensors, write_tensors
 
 TOLERANCE = 1e-5  # of the largest reference value; about 1e-6 is reached
 
@@ -70,15 +71,15 @@ def from_disk(model, folder, spec_of, shapes_of):
     """What diffusers or transformers saved -> our spec and parameters."""
     model.save_pretrained(folder)
     (file,) = folder.glob('*.safetensors')
-    spec = spec_of(weights.read_json(folder / 'config.json'))
-    tensors, _ = weights.read_tensors(file)
+    spec = spec_of(read_json(folder / 'config.json'))
+    tensors, _ = read_tensors(file)
     return spec, weights.load(shapes_of(spec), tensors, file)
 
 
 def to_disk(model, folder, config, params):
     """Our config and parameters, loaded by the class of `model`, are `model` to the last bit."""
     name = 'model' if isinstance(model, transformers.PreTrainedModel) else 'diffusion_pytorch_model'
-    weights.write_tensors(folder / f'{name}.safetensors', weights.dump(params))
+    write_tensors(folder / f'{name}.safetensors', weights.dump(params))
     (folder / 'config.json').write_text(json.dumps(config))
     back, info = type(model).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info

@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import random_lora, write_random_lora
 
-from lcm_jax import adapters, conditioning, samplers, weights
+from lcm_jax import adapters, conditioning, samplers
 from lcm_jax import pipeline as module
 from lcm_jax.data import EMOJI
 from lcm_jax.draw import draw
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.tensors import read_tensors, write_tensors
 
 PROMPTS = ['red heart, noto emoji', 'grinning cat, twemoji']
 QUICK = {'sampler': 'ddim', 'steps': 2, 'guidance': 1.0}  # many tests share one compiled program
@@ -265,8 +266,8 @@ def test_half_precision_files_load_as_float32(pipe, copy):
     files = [*copy.glob('*/*.safetensors')]
     assert len(files) == 3
     for file in files:
-        tensors, _ = weights.read_tensors(file)
-        weights.write_tensors(file, {key: x.astype(np.float16) for key, x in tensors.items()})
+        tensors, _ = read_tensors(file)
+        write_tensors(file, {key: x.astype(np.float16) for key, x in tensors.items()})
     half = Pipeline.load(copy)
     assert {x.dtype for x in jax.tree.leaves(half.params)} == {np.dtype(np.float32)}
     z = start(pipe, 1)
@@ -286,8 +287,8 @@ def truncate(file):
 
 
 def unknown_key(file):
-    tensors, _ = weights.read_tensors(file)
-    weights.write_tensors(file, tensors | {'conv_im.weight': tensors['conv_in.weight']})
+    tensors, _ = read_tensors(file)
+    write_tensors(file, tensors | {'conv_im.weight': tensors['conv_in.weight']})
 
 
 UNET = 'unet/diffusion_pytorch_model.safetensors'

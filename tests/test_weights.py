@@ -15,6 +15,7 @@ from lcm_jax.models.clip import VisionSpec
 from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
 from lcm_jax.models.zoo import MODELS
+from lcm_jax.tensors import read_json, read_tensors, write_tensors
 
 SMALL = UNetSpec(
     widths=(8, 16),
@@ -49,8 +50,8 @@ def test_params_to_file_and_back_to_the_last_bit(dtype, tmp_path):
     ):
         params = random_params(abstract)
         file = tmp_path / 'new' / 'model.safetensors'
-        weights.write_tensors(file, weights.dump(params), {'made': 'here'})
-        tensors, metadata = weights.read_tensors(file)
+        write_tensors(file, weights.dump(params), {'made': 'here'})
+        tensors, metadata = read_tensors(file)
         assert metadata == {'format': 'pt', 'made': 'here'}
         back = weights.load(abstract, tensors, file)
         assert jax.tree.structure(back) == jax.tree.structure(params)
@@ -137,27 +138,27 @@ def test_unreadable_files(small, tmp_path):
     _, tensors = small
     file = tmp_path / 'unet.safetensors'
     with pytest.raises(InputError, match=r'no such file.*unet\.safetensors'):
-        weights.read_tensors(file)
-    weights.write_tensors(file, tensors)
+        read_tensors(file)
+    write_tensors(file, tensors)
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], 'little')
     for content in (b'', b'<html>not found</html>', whole[:-1], whole[: header // 2], whole + b'x'):
         file.write_bytes(content)
         with pytest.raises(InputError, match=r'unet\.safetensors is not a readable') as e:
-            weights.read_tensors(file)
+            read_tensors(file)
         assert '\n' not in str(e.value)
     with pytest.raises(InputError, match='no such file'):
-        weights.read_tensors(tmp_path)  # a folder
+        read_tensors(tmp_path)  # a folder
 
 
 def test_unreadable_json(tmp_path):
     file = tmp_path / 'config.json'
     with pytest.raises(InputError, match=r'config\.json'):
-        weights.read_json(file)
+        read_json(file)
     for content in (b'', b'{"a": 1', b'\xff\xfe'):
         file.write_bytes(content)
         with pytest.raises(InputError, match=r'cannot read .*config\.json'):
-            weights.read_json(file)
+            read_json(file)
 
 
 # --- full size: names and shapes are those of diffusers and transformers, and nothing is allocated

@@ -16,7 +16,7 @@ from lcm_jax import single, weights
 from lcm_jax.checkpoint import COMPONENTS, INDEX, SCHEDULER, open_folder
 from lcm_jax.models import configs
 from lcm_jax.models.zoo import MODELS
-from lcm_jax.tensors import Tensor
+from lcm_jax.tensors import Tensor, write_tensors
 from lcm_jax.text import Tokenizer
 
 
@@ -58,7 +58,7 @@ def write_model(folder, spec, dtype=np.float16, tokenizers=True, keep=True):
     out, ckpt = {}, open_folder(folder)
     for name in described:
         tensors = random_tensors(ckpt.shapes(name), rng, dtype)
-        weights.write_tensors(folder / name / COMPONENTS[name][0], tensors)
+        write_tensors(folder / name / COMPONENTS[name][0], tensors)
         out[name] = {key: np.asarray(x) for key, x in tensors.items()} if keep else None
     return out
 

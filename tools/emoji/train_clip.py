@@ -21,6 +21,7 @@ from captions import variant
 from lcm_jax import data, loop, metrics, weights
 from lcm_jax.models.clip import ImageEncoder, TextEncoder, TextSpec, VisionSpec
 from lcm_jax.models.configs import text_config, vision_config
+from lcm_jax.tensors import write_tensors
 from lcm_jax.text import Tokenizer
 from lcm_jax.tree import cast
 
@@ -138,9 +139,7 @@ def main():
         ('text_encoder', text_config(spec), state.ema['text']),
         ('image_encoder', vision_config(IMAGE), state.ema['image']),
     ):
-        weights.write_tensors(
-            out / folder / 'model.safetensors', weights.dump(cast(tree, jnp.float16))
-        )
+        write_tensors(out / folder / 'model.safetensors', weights.dump(cast(tree, jnp.float16)))
         (out / folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
         print(f'wrote {out / folder}')
 

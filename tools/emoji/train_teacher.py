@@ -25,6 +25,7 @@ from lcm_jax.diffusion import alpha_sigma, schedule
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.tensors import write_tensors
 from lcm_jax.train import encode_captions, encode_pictures
 from lcm_jax.tree import cast, count
 
@@ -139,7 +140,7 @@ def encoded(folder):
 
 def write_folder(folder, spec, params):
     """The UNet and what makes the folder a pipeline."""
-    weights.write_tensors(
+    write_tensors(
         folder / 'unet' / 'diffusion_pytorch_model.safetensors',
         weights.dump(cast(params, jnp.float16)),
     )

@@ -23,6 +23,7 @@ from lcm_jax import data, loop, weights
 from lcm_jax.checkpoint import open_folder
 from lcm_jax.models.configs import vae_config
 from lcm_jax.models.vae import VAE, VAESpec
+from lcm_jax.tensors import write_tensors
 from lcm_jax.train import batched
 from lcm_jax.tree import cast
 
@@ -120,7 +121,7 @@ def main():
         encode = jax.jit(lambda p, x: VAE(SPEC).apply({'params': p}, x, method='encode')[0])
         std = float(np.std(batched(partial(encode, params), data.to_float(pictures[::4]))))
         spec = dataclasses.replace(SPEC, scaling_factor=round(1 / std, 5))
-    weights.write_tensors(
+    write_tensors(
         out / 'diffusion_pytorch_model.safetensors', weights.dump(cast(params, jnp.float16))
     )
     (out / 'config.json').write_text(json.dumps(vae_config(spec, 64), indent=2) + '\n')
