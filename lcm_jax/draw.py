@@ -156,7 +156,7 @@ def apply_unet(spec, params, z, t, context, **cond):
 
 def _apply(plan, fn, x, stride):
     """fn(x) of pictures or latents, cut into strips where the platform's convolutions want them."""
-    return in_strips(fn, x, stride) if plan.platform == 'tpu' else fn(x)
+    return in_strips(fn, x, stride, len(x)) if plan.platform == 'tpu' else fn(x)
 
 
 def encode(plan, params, pictures, noise):

@@ -56,7 +56,7 @@ def unet_forward(model, size, batch, dtype):
         def unet(z):
             return UNet(spec).apply({'params': params}, **inputs | {'z': z})
 
-        return in_strips(unet, inputs['z'], spec.factor)
+        return in_strips(unet, inputs['z'], spec.factor, batch)
 
     inputs = {
         'z': array(side, side, spec.in_channels),
@@ -79,7 +79,7 @@ def vae_forward(model, size, batch, dtype):
         def decode(z):
             return autoencoder(spec).apply({'params': params}, z, method='decode')
 
-        return in_strips(decode, z, 1)
+        return in_strips(decode, z, 1, batch)
 
     z = jax.ShapeDtypeStruct((batch, side, side, spec.latent_channels), dtype)
     return Forward(fn, shapes.vae_shapes(spec, dtype), z, {side**2})

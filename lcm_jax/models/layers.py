@@ -35,12 +35,13 @@ def from_strips(x):
     return x.swapaxes(2, 3).reshape(b, h, n * w, c)
 
 
-def in_strips(fn, x, stride):
+def in_strips(fn, x, stride, samples):
     """fn of pictures x [B,h,w,C], which may take strips instead, by as many as TPUs want.
 
-    stride: the product of all strides in fn; the strips' width must be a multiple of it.
+    stride: the product of all strides in fn; the strips' width must be a multiple of it. samples:
+    those of one device, less than B where the compiler divides the batch.
     """
-    n = strips_for(len(x))
+    n = strips_for(samples)
     while x.shape[2] % (n * stride):
         n //= 2
     return from_strips(fn(to_strips(x, n))) if n > 1 else fn(x)
