@@ -26,9 +26,8 @@ BETAS = {
     'linear': lambda lo, hi, n: np.linspace(lo, hi, n, dtype=np.float64),
     'squaredcos_cap_v2': _cosine,
 }
-LEAST = (
-    2.0**-24
-)  # of abar: a last alpha of 0 has no log-SNR (diffusers' Euler and DPM-Solver alike)
+# The least abar: a last alpha of 0 has no log-SNR (diffusers' Euler and DPM-Solver alike).
+LEAST = 2.0**-24
 
 
 def schedule(

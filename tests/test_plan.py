@@ -7,7 +7,7 @@ import pytest
 
 from lcm_jax import lora, plan
 from lcm_jax.models.attention import attend
-from lcm_jax.models.layers import from_strips, strips_for, to_strips
+from lcm_jax.models.layers import from_strips, in_strips, strips_for, to_strips
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.vae import VAE, VAESpec
 from lcm_jax.models.zoo import ModelSpec
@@ -65,6 +65,15 @@ def test_vae_in_strips():
         return (fn(params, z), encoded), (pictures, vae(pictures, 'encode'))
 
     jax.tree.map(assert_close, *both(params, z))
+
+
+def test_a_width_that_no_strips_divide_stays_whole():
+    for width, stride, dims in ((12, 8, 4), (16, 8, 5), (65, 8, 4)):
+        seen = []
+        in_strips(
+            lambda x, seen=seen: seen.append(x.ndim) or x, jnp.zeros((1, 8, width, 1)), stride, 1
+        )
+        assert seen == [dims]
 
 
 def test_strips_fill_eight_rows():

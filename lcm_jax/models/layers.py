@@ -42,7 +42,7 @@ def in_strips(fn, x, stride, samples):
     those of one device, less than B where the compiler divides the batch.
     """
     n = strips_for(samples)
-    while x.shape[2] % (n * stride):
+    while n > 1 and x.shape[2] % (n * stride):
         n //= 2
     return from_strips(fn(to_strips(x, n))) if n > 1 else fn(x)
 
