@@ -15,8 +15,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from lcm_jax import data, distill, loop, samplers
+from lcm_jax import distill, loop, samplers
 from lcm_jax import lora as L
+from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.order import shuffled
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files.files import write_lora
 from lcm_jax.models.vae import VAE
@@ -50,7 +52,7 @@ def batched(fn, x, batch=64):
 def encode_pictures(spec, params, pictures):
     """pictures [N,H,W,3] uint8 -> mean, std [N,h,w,C] of their latents."""
     encode = jax.jit(lambda x: VAE(spec).apply({'params': params}, x, method='encode'))
-    mean, logvar = batched(lambda x: encode(data.to_float(x)), pictures)
+    mean, logvar = batched(lambda x: encode(to_float(x)), pictures)
     return mean, np.exp(0.5 * logvar)
 
 
@@ -174,7 +176,7 @@ def distil(
         distance=distance,
         huber_c=huber_c,
     )
-    indices = data.shuffled(len(cache.mean), batch, data_seed)
+    indices = shuffled(len(cache.mean), batch, data_seed)
     print(
         f'training {count(lora):,} parameters in {len(lora)} modules (rank {rank}) over a frozen '
         f'base of {count(base):,}; {len(cache.mean)} samples, {steps} steps of {batch}'
@@ -219,7 +221,7 @@ def run(config, workdir):
         config.model,
         choose('dtype', config.dtype, {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}),
     )
-    samples = data.emoji('train', config.data.styles)
+    samples = emoji('train', config.data.styles)
     lora = distil(
         pipe,
         encode(pipe, samples),
