@@ -41,19 +41,15 @@ def encoded(specs, params, batch, samples=None):
 
 
 def encoder(model, dtype, vae_dtype):
-    """Read a Model's VAE and text encoders -> (batch of pixels in numpy -> batch of latents).
-
-    The last, smaller batch is padded, so that one program serves all.
-    """
+    """Read a Model's VAE and text encoders -> fn(batch in numpy) -> the batch in numpy, `encoded`."""
     dtypes = dict.fromkeys(model.encoders, dtype) | {'vae': vae_dtype}
     params = model.load(model.encoders, dtypes)
-    run, size = jax.jit(lambda params, batch: encoded(model.encoders, params, batch)), 0
+    run = jax.jit(lambda params, batch: encoded(model.encoders, params, batch))
+    return lambda batch: jax.tree.map(np.asarray, run(params, batch))
 
-    def encode(batch):
-        nonlocal size
-        n = len(batch['row'])
-        size = max(size, n)
-        padded = {k: np.concatenate([x, np.repeat(x[:1], size - n, 0)]) for k, x in batch.items()}
-        return jax.tree.map(lambda x: np.asarray(x)[:n], run(params, padded))
 
-    return encode
+def batched(fn, x, batch=64):
+    """fn over the rows of x in batches of one shape -> numpy tree."""
+    padded = np.concatenate([x, np.repeat(x[:1], -len(x) % batch, 0)])
+    parts = [jax.tree.map(np.asarray, fn(b)) for b in np.split(padded, len(padded) // batch)]
+    return jax.tree.map(lambda *ys: np.concatenate(ys)[: len(x)], *parts)

@@ -205,3 +205,11 @@ def start_distributed(coordinator=None, processes=None, process=None):
                 'three, with process from 0 to processes - 1'
             )
         jax.distributed.initialize(coordinator, processes, process)
+
+
+def wait(name):
+    """Until all processes have come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

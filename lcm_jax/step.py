@@ -48,6 +48,7 @@ class Program(NamedTuple):
         dict  # what the step reads: 'null', and 'unet', 'vae', 'text_encoder' where it asks them
     )
     batch: Callable  # (height, width) px -> {name: ShapeDtypeStruct} of a global batch
+    loss: Callable  # (trained, its average, frozen, batch, key) -> scalar
     step: Callable  # (state, frozen, batch, key) -> (state, metrics), not jitted
     student: Student
     net: Callable  # (trained, frozen, w [B]) -> the student's net(z, t, **cond)
@@ -82,6 +83,7 @@ def program(specs, family, schedule, config, mesh):
         placed['state'],
         placed['frozen'],
         partial(batch_shapes, specs, family, config, mesh),
+        loss,
         loop.make_step(loss, tx, ema, config.train.accumulate),
         student,
         partial(student_net, student, unet),

@@ -3,37 +3,33 @@
     python -m lcm_jax.train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
 
 KEY is one of configs/default.py, such as train.steps; DIR is for checkpoints, logs, pictures and
-what is trained. Run the same command again to go on. On several machines, run it on each: TPU pods,
-GKE, Slurm and Open MPI are recognised; elsewhere add --coordinator=HOST:PORT --processes=N
---process=I (or --coordinator=auto).
+what is trained. The same command again goes on where it was stopped. On several machines, run it on
+each: TPU pods, GKE, Slurm and Open MPI are recognised by their environment; elsewhere add
+--coordinator=HOST:PORT --processes=N --process=I (or --coordinator=auto: JAX looks around).
 """
 
+import functools
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from lcm_jax import loop, sharding
 from lcm_jax.conditioning import encode_text
-from lcm_jax.data.cache import write_cache
-from lcm_jax.data.loader import loader
-from lcm_jax.data.settings import DataSettings
-from lcm_jax.data.sources import open_source
-from lcm_jax.encode import encoder
 from lcm_jax.errors import InputError, choose
 from lcm_jax.export import export
-from lcm_jax.logs import Writer, memory, say, size
+from lcm_jax.feed import Feed
+from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
 from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, on_host
 from lcm_jax.step import DTYPES, cached, program, without_sizes
 from lcm_jax.stop import Stop
-from lcm_jax.tree import count, named
 
-NULLS = {'model': None, 'empty': False, 'zeros': True}  # whether zeros; None: as the model was trained
+NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
+STOPPED = 143  # exit status after SIGTERM, by which clusters know that the run shall go on
 
 
 def run(config, workdir):
@@ -41,61 +37,221 @@ def run(config, workdir):
 
     Raises InputError for bad settings and data, and loop.Stopped after SIGTERM, its state saved.
     """
-    workdir = Path(workdir).resolve()
+    workdir, c = Path(workdir).resolve(), config.train
     model = describe(config.model)
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
-    told = Conditions(model, config)
-    data = Data(model, config, mesh, workdir, told)
-    frozen, state = place(model, prog, mesh, config, told)
-    step = Steps(prog, frozen, config.train.seed, mesh)
-    preview = Preview(
-        model, prog, mesh, config.preview, told.prompts, told.vae, data.size, workdir / 'preview.npz'
-    )
-    c = config.train
+    feed = Feed(model, config, mesh, workdir)
     with Saves(workdir / 'checkpoints', config.to_dict(), keep=c.keep, best=c.best) as saves:
+        there = place(model, prog, config, mesh)
+        state = there.state
+        preview = Preview(model, prog, mesh, config.preview, there, feed.sizes[0], workdir)
+        preview.references(state.params, there.frozen)
         resumed = saves.restore(prog.state)
         if resumed is None:
-            preview.references(state.params, frozen)
-            describe_run(config, prog, mesh, data)
+            say(summary(prog, mesh, config, feed))
         else:
-            preview.references(state.params, frozen)
-            say(f'going on from step {int(resumed.step)} in {workdir}')
-        state = state if resumed is None else resumed
+            state, there = resumed, there._replace(state=None)
+            say(f'going on from step {int(state.step)} in {workdir}')
+        step = Steps(prog, there, mesh, c.seed)
         with Writer(workdir, int(state.step)) as writer, Stop() as stop:
-
-            def finish(name, state):
-                chosen = state.ema if config.export.weights == 'ema' else state.params
-                trained = on_host(chosen)
-                if jax.process_index() == 0:
-                    out = export(workdir / name, trained, model, prog.student, config)
-                    say(f'wrote {out}')
-                    return out
-
-            def on_save(i, state):
-                chosen = state.ema if config.export.weights == 'ema' else state.params
-                picture, metrics = preview(chosen, frozen)
-                metrics |= data.validate(state, frozen)
-                writer.picture(i, 'preview', picture)
-                writer.scalars(i, metrics)
-                if saves.improves(metrics):
-                    finish(f'{config.export.name}_best', state)
-                return metrics
-
+            out = Outputs(config, model, prog, feed, preview, step, saves, writer, workdir)
+            meter = Meter(prog, mesh, config, step, writer)
             state = loop.fit(
                 step,
                 state,
-                frozen,
-                data.batches,
+                there.frozen,
+                feed.batches,
                 step.key,
                 steps=c.steps,
                 saves=saves,
-                log=lambda *args: report(writer, prog, step, config, *args),
+                log=meter.report,
                 save_every=c.save_every,
                 log_every=c.log_every,
                 stop=stop,
                 max_skipped=c.max_skipped,
-                on_save=on_save,
+                on_save=out.on_save,
                 label=config.objective,
             )
-            return finish(config.export.name, state)
+            feed.close()
+            return out.export(config.export.name, state)
+
+
+class There(NamedTuple):
+    """What a run starts from, on its devices."""
+
+    frozen: dict  # as the Program says
+    state: loop.State
+    told: dict  # the preview's conditions {'cond', 'null'}, [N, ...] each in numpy
+    vae: dict  # parameters in numpy: pictures are decoded now and then
+
+
+def place(model, prog, config, mesh):
+    """Read the model and start the state -> There. What encodes is kept only if the step asks it."""
+    dtypes = dict.fromkeys(model.specs, DTYPES[config.dtype]) | {'vae': DTYPES[config.vae_dtype]}
+    encoders = model.load(model.encoders, dtypes)
+    told = conditions(model, encoders, config)
+    null = {k: x[:1] for k, x in told['null'].items() if k != 'sizes'}
+    vae = jax.device_get(encoders.pop('vae'))
+    del encoders
+    put = functools.partial(sharding.put, home=sharding.replicated(mesh))
+    kept = [part for part in model.specs if part in prog.frozen]
+    homes = {part: sharding.homes(prog.frozen[part]) for part in kept}
+    frozen = model.load(kept, dtypes, homes) | {'null': jax.tree.map(put, null)}
+    base = frozen.get('unet')
+    if base is None:
+        base = model.load(['unet'], dtypes, sharding.replicated(mesh))['unet']
+
+    def start(seed, base):
+        params = prog.student.init(jax.random.key(seed), base)
+        return loop.init(params, prog.tx, config.train.ema_decay)
+
+    start = jax.jit(start, out_shardings=sharding.homes(prog.state))
+    return There(frozen, start(np.uint32(config.train.seed), base), told, vae)
+
+
+def conditions(model, params, config):
+    """The preview's prompts and the null condition -> {'cond', 'null'}, [N, ...] each in numpy."""
+    parts = model.family.text_encoders
+    specs, tokenizers = tuple(model.specs[part] for part in parts), model.tokenizers()
+
+    def read(prompts):
+        ids = tuple(tokenizer(prompts) for tokenizer in tokenizers)
+        return jax.device_get(encode_text(specs, tuple(params[part] for part in parts), ids))
+
+    prompts = list(config.preview.prompts)
+    cond, null = read(prompts), read([''])
+    how = config.distill.null
+    zero = choose('distill.null', how, NULLS | {'model': model.family.zero_null})
+    null = {k: np.repeat(np.zeros_like(x) if zero else x, len(prompts), 0) for k, x in null.items()}
+    if model.specs['unet'].size_dim:
+        height, width = model.size
+        sizes = np.tile(np.float32([height, width, 0, 0, height, width]), (len(prompts), 1))
+        cond, null = cond | {'sizes': sizes}, null | {'sizes': sizes}
+    return {'cond': cond, 'null': null}
+
+
+class Steps:
+    """The compiled step: one program for each shape of batch. Also the run's key."""
+
+    def __init__(self, prog, there, mesh, seed):
+        whole = sharding.replicated(mesh)
+        make = jax.jit(lambda seed: jax.random.key(seed), out_shardings=whole)
+        self.key, self.whole, self.prog = make(np.uint32(seed)), whole, prog
+        self.run = jax.jit(
+            prog.step, donate_argnums=0, out_shardings=(sharding.homes(prog.state), whole)
+        )
+
+    def __call__(self, state, frozen, batch, key):
+        return self.run(state, frozen, batch, key)
+
+
+class Outputs:
+    """What a run leaves behind: pictures and metrics at each checkpoint, and exported files."""
+
+    def __init__(self, config, model, prog, feed, preview, step, saves, writer, workdir):
+        self.config, self.model, self.prog, self.preview = config, model, prog, preview
+        self.saves, self.writer, self.workdir, self.key = saves, writer, workdir, step.key
+        self.held, self.frozen = feed.validation(), None
+        self.loss = jax.jit(prog.loss, out_shardings=step.whole)
+
+    def chosen(self, state):
+        return state.ema if self.config.export.weights == 'ema' else state.params
+
+    def on_save(self, i, state, frozen):
+        """-> metrics. Exports what is the best so far."""
+        chosen = self.chosen(state)
+        picture, metrics = self.preview(chosen, frozen)
+        if self.held:
+            losses = [
+                self.loss(chosen, chosen, frozen, batch, jax.random.fold_in(self.key, j))
+                for j, batch in enumerate(self.held)
+            ]
+            metrics['validation'] = float(np.mean([np.asarray(x) for x in losses]))
+        self.writer.picture(i, 'preview', picture)
+        self.writer.scalars(i, metrics)
+        if self.saves.improves(metrics):
+            self.export(f'{self.config.export.name}_best', state)
+        return metrics
+
+    def export(self, name, state):
+        """-> path, written by the first process."""
+        trained = on_host(self.chosen(state))
+        if jax.process_index():
+            return None
+        out = export(self.workdir / name, trained, self.model, self.prog.student, self.config)
+        say(f'wrote {out}')
+        return out
+
+
+def parse(argv):
+    """['--config=FILE', '--workdir=DIR', '--config.KEY=VALUE', ...] -> locked config, workdir, cluster.
+
+    cluster: keywords of `sharding.start_distributed`. Raises InputError for a file that is not
+    there, an unknown key and a value of another type.
+    """
+    from ml_collections import ConfigDict
+
+    config, *_ = parse_flags([arg for arg in argv if not arg.startswith('--config.')])
+    for arg in argv:
+        if arg.startswith('--config.'):
+            node = config
+            for key in arg.removeprefix('--config.').split('=')[0].split('.'):
+                node = choose('config key', key, node if isinstance(node, ConfigDict) else {})
+    config, workdir, cluster, extra = parse_flags(argv)
+    if extra or not workdir:
+        raise InputError(
+            f'arguments {" ".join(argv)}; give --config=FILE --workdir=DIR and, '
+            'if you like, --config.KEY=VALUE'
+        )
+    return config, workdir, cluster
+
+
+def parse_flags(argv):
+    """Command line -> config, workdir, cluster, other arguments, as absl and ml_collections read it."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    argv = ['lcm_jax.train', *argv]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+    workdir = flags.DEFINE_string('workdir', None, 'For the outputs.', flag_values=values)
+    cluster = {
+        'coordinator': flags.DEFINE_string('coordinator', None, 'HOST:PORT', flag_values=values),
+        'processes': flags.DEFINE_integer('processes', None, 'How many.', flag_values=values),
+        'process': flags.DEFINE_integer('process', None, 'Which of them.', flag_values=values),
+    }
+    try:
+        _, *extra = values(argv)
+        if not (config.value and config.value.is_locked):  # an OSError, if the file cannot be read
+            raise InputError('no --config=FILE given')
+    except OSError as e:
+        raise InputError(f'config file: {str(e).splitlines()[-1].strip()}') from e
+    except (flags.Error, AttributeError, KeyError) as e:
+        raise InputError(' '.join(str(e).split())) from e
+    return config.value, workdir.value, {k: flag.value for k, flag in cluster.items()}, extra
+
+
+def start(config, workdir, cluster):
+    """`run` as a program: joins the other processes; after SIGTERM the status is 143."""
+    sharding.start_distributed(**cluster)
+    try:
+        run(config, workdir)
+    except loop.Stopped as e:
+        say(f'stopped by SIGTERM, saved at {e}; the same command goes on from there')
+        sys.exit(STOPPED)
+
+
+def main(argv=None):
+    """Run the command line; bad input ends with one line on stderr and status 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {'-h', '--help'} & {*argv}:
+        return print(__doc__)
+    try:
+        start(*parse(argv))
+    except InputError as e:
+        sys.exit(f'error: {e}')
+
+
+if __name__ == '__main__':
+    main()
