@@ -111,6 +111,20 @@ def _place(shape, mesh, axes):
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def placed(tree, mesh, rules=RULES):
+    """Tree of arrays or ShapeDtypeStructs -> tree of ShapeDtypeStructs that lie where the rules say."""
+    return jax.tree.map(
+        lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
+        tree,
+        shardings(tree, mesh, rules),
+    )
+
+
+def groups(mesh):
+    """How many parts a batch has: devices along 'tensor' share one."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
 def batch_sharding(mesh):
     """Of arrays [B, ...]: their rows over 'data' and 'fsdp'."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
