@@ -18,9 +18,13 @@ from pathlib import Path
 import numpy as np
 
 SOLVER_STEPS, TOTAL = 50, 1000
-W_RANGE = 5.0, 15.0
-LR, CLIP, DECAY = 1e-4, 1.0, 0.01
 SIDES = 'lcm_jax', 'diffusers'
+SETTINGS = {
+    'data.cache': True,  # latents and text are at hand
+    'distill.distance': 'l2',
+    'train.ema_decay': 0.0,
+    'train.weight_decay': 0.01,
+}
 
 
 def random(key, shape):
@@ -31,83 +35,85 @@ def random(key, shape):
     return draw * np.float32(np.prod(shape[1:]) ** -0.5)
 
 
+def condition(args, seed, n):
+    """A condition of n samples."""
+    rng = np.random.default_rng(seed)
+    cond = {'context': rng.standard_normal((n, 77, args.width), np.float32)}
+    if args.pooled:
+        cond['pooled'] = rng.standard_normal((n, args.pooled), np.float32)
+    return cond
+
+
 def inputs(i, args):
-    """What step i of both sides is given: numpy arrays, NHWC."""
-    rng = np.random.default_rng(i)
-    shape = (args.batch, args.side, args.side, args.channels)
-    index = rng.integers(0, SOLVER_STEPS, args.batch)
+    """What both sides are given in step i, NHWC; 'noise', 't', 's' and 'w' are our step's own draws."""
+    import jax
 
-    def normal(*shape):
-        return rng.standard_normal(shape, np.float32)
+    from lcm_jax import distill
 
-    def condition():
-        cond = {'context': normal(args.batch, 77, args.width)}
-        if args.pooled:
-            cond['pooled'] = normal(args.batch, args.pooled)
-            cond['sizes'] = np.tile(
-                np.float32([args.size, args.size, 0, 0, args.size, args.size]), (args.batch, 1)
-            )
-        return cond
-
+    z = np.random.default_rng(i).standard_normal(
+        (args.batch, args.side, args.side, args.channels), np.float32
+    )
+    key = jax.random.split(jax.random.fold_in(jax.random.key(0), i), 3)[0]
+    draws = distill.draw(
+        key,
+        np.arange(args.batch),
+        z.shape[1:],
+        steps=SOLVER_STEPS,
+        total=TOTAL,
+        w_range=distill.w_range('script'),
+    )
+    sizes = np.float32([args.size, args.size, 0, 0, args.size, args.size])
     return {
-        'z': normal(*shape),
-        'noise': normal(*shape),
-        'index': index,
-        'w': rng.uniform(*W_RANGE, args.batch).astype(np.float32),
-        'cond': condition(),
-        'null': condition(),
-    }
+        'z': z,
+        'sizes': np.tile(sizes, (args.batch, 1)),
+        'cond': condition(args, 1000 + i, args.batch),
+    } | {name: np.array(x) for name, x in draws._asdict().items()}
 
 
 def ours(args):
-    """-> step(inputs) -> loss."""
+    """-> step(inputs) -> loss: the trainer's own step."""
     import jax
     import jax.numpy as jnp
-    import optax
 
-    from lcm_jax import distill, lora, samplers, weights
-    from lcm_jax.diffusion import schedule
-    from lcm_jax.models.shapes import unet_shapes
-    from lcm_jax.models.unet import UNet
+    from lcm_jax import families, loop, scheduler, sharding, weights
     from lcm_jax.models.zoo import MODELS
+    from lcm_jax.step import program
     from lcm_jax.tree import map_named
 
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from configs import default
+
+    config = default.get_config()
+    config.update_from_flattened_dict(SETTINGS)
+    config.update_from_flattened_dict(
+        {
+            'dtype': args.dtype,
+            'lora.rank': args.rank,
+            'lora.alpha': float(args.rank),
+            'train.batch': args.batch,
+            'train.remat': args.remat,
+        }
+    )
     model = MODELS[args.model]
-    shapes = unet_shapes(model.unet, args.dtype)
-    adapter = jax.eval_shape(lambda: lora.init(jax.random.key(0), shapes, args.rank))
-    tx = optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LR, weight_decay=DECAY))
-    abar = schedule()
-
-    def loss(params, base, x):
-        def teacher(z, t, **cond):
-            z, cond = z.astype(args.dtype), {k: c.astype(args.dtype) for k, c in cond.items()}
-            return UNet(model.unet).apply({'params': base}, z, t, **cond)
-
-        student = lora.apply(teacher, params, 1.0)
-        k = TOTAL // SOLVER_STEPS
-        t = k * (x['index'] + 1) - 1
-        draws = distill.Draws(x['noise'], t, jnp.maximum(t - k, 0), x['w'])
-        return distill.lcm_loss(
-            student,
-            student,
-            teacher,
-            x,
-            draws,
-            abar,
-            solver=samplers.ddim(),
-            kind=model.prediction_type,
-            distance='l2',
-            huber_c=0.001,
-        )
-
-    def step(state, base, x):
-        params, opt = state
-        value, grads = jax.value_and_grad(loss)(params, base, x)
-        updates, opt = tx.update(grads, opt, params)
-        return (optax.apply_updates(params, updates), opt), value
-
-    abstract = adapter, jax.eval_shape(tx.init, adapter)
-    compiled = jax.jit(step, donate_argnums=0).lower(abstract, shapes, inputs(0, args)).compile()
+    family = families.SDXL if args.pooled else families.SD
+    specs = dict(zip(family.text_encoders, model.text, strict=True))
+    specs |= {'unet': model.unet, 'vae': model.vae}
+    schedule = scheduler.read_schedule(
+        {
+            'beta_schedule': 'scaled_linear',
+            'beta_start': 0.00085,
+            'beta_end': 0.012,
+            'num_train_timesteps': TOTAL,
+            'prediction_type': model.prediction_type,
+        }
+    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    prog = program(specs, family, schedule, config, mesh)
+    batch = prog.batch((args.size, args.size))
+    key = jax.random.key(0)
+    compiled = (
+        jax.jit(prog.step, donate_argnums=0).lower(prog.state, prog.frozen, batch, key).compile()
+    )
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     print(
         f'our step: {cost["flops"] / 1e12:.2f} TFLOP (a loop counts once), '
@@ -118,26 +124,32 @@ def ours(args):
     if args.dump:
         Path(args.dump).write_text(compiled.as_text())
 
-    def theirs(path, x, name=None):
+    def theirs(path, x, suffix=''):
         """A parameter of ours, drawn as the checkpoint's."""
         key, perm = weights.theirs(path, x.ndim)
-        drawn = random(name or key, tuple(x.shape[i] for i in perm))
+        drawn = random(key + suffix, tuple(x.shape[i] for i in perm))
         return jax.device_put(drawn.transpose(np.argsort(perm)).astype(x.dtype, order='C'))
 
-    base = map_named(theirs, shapes)
-    state = {
-        path: {
-            'down': theirs(path, ab['down'], weights.theirs(path, ab['down'].ndim)[0] + '.lora_A'),
-            'up': jnp.zeros(ab['up'].shape),
-        }
-        for path, ab in adapter.items()
+    null = {k: jnp.asarray(x, args.dtype) for k, x in condition(args, 999, 1).items()}
+    frozen = {'null': null, 'unet': map_named(theirs, prog.frozen['unet'])}
+    lora = {
+        path: {'down': theirs(path, ab['down'], '.lora_A'), 'up': jnp.zeros(ab['up'].shape)}
+        for path, ab in prog.state.params.items()
     }
-    state = state, tx.init(state)
+    state = loop.init(lora, prog.tx, 0.0)
+    scaling = model.vae.scaling_factor
 
     def call(x):
         nonlocal state
-        state, value = compiled(state, base, x)
-        return float(value)
+        given = {
+            'row': np.arange(args.batch, dtype=np.int32),
+            'sizes': x['sizes'],
+            'mean': x['z'] / scaling,
+            'logvar': np.full_like(x['z'], -np.inf),
+        }
+        given |= {k: np.asarray(c, batch[k].dtype) for k, c in x['cond'].items()}
+        state, metrics = compiled(state, frozen, jax.device_put(given), key)
+        return float(metrics['loss'])
 
     return call
 
@@ -164,19 +176,19 @@ def peer(args):
     net.to(device).train()
     if args.checkpointing:
         net.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(trained.values(), LR, weight_decay=DECAY)
+    optimizer = torch.optim.AdamW(trained.values(), 1e-4, weight_decay=0.01)
     run = torch.compile(net) if cuda else net
     abar = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear'
     ).alphas_cumprod.to(device)
-    k = TOTAL // SOLVER_STEPS
+    null = tensors(condition(args, 999, 1), device)
 
     def expand(x):
         return x.reshape(-1, 1, 1, 1)
 
-    def predict(z, t, cond):
+    def predict(z, t, cond, sizes):
         """-> x, eps."""
-        added = {'text_embeds': cond['pooled'], 'time_ids': cond['sizes']} if args.pooled else None
+        added = {'text_embeds': cond['pooled'], 'time_ids': sizes} if args.pooled else None
         with torch.autocast(device, dtype, enabled=args.dtype != 'float32'):
             out = run(z, t, cond['context'], added_cond_kwargs=added).sample
         alpha, sigma = expand(abar[t].sqrt()), expand((1 - abar[t]).sqrt())
@@ -184,29 +196,29 @@ def peer(args):
             return (z - sigma * out) / alpha, out
         return alpha * z - sigma * out, alpha * out + sigma * z
 
-    def consistency(z, t, cond):
+    def consistency(z, t, cond, sizes):
         scaled = 10.0 * t
         c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
-        return expand(c_skip) * z + expand(c_out) * predict(z, t, cond)[0]
+        return expand(c_skip) * z + expand(c_out) * predict(z, t, cond, sizes)[0]
 
     def call(x):
-        x = {name: tensors(value, device) for name, value in x.items()}
+        x = tensors(x, device)
         z, noise = (x[name].movedim(-1, 1).contiguous() for name in ('z', 'noise'))
-        t = k * (x['index'] + 1) - 1
-        s, w = (t - k).clamp(min=0), expand(x['w'])
+        t, s, w = x['t'].long(), x['s'].long(), expand(x['w'])
         noisy = expand(abar[t].sqrt()) * z + expand((1 - abar[t]).sqrt()) * noise
-        prediction = consistency(noisy, t, x['cond'])
+        unconditional = {name: c.expand(len(z), *c.shape[1:]) for name, c in null.items()}
+        prediction = consistency(noisy, t, x['cond'], x['sizes'])
         with torch.no_grad():
             net.disable_adapters()
-            (x_c, eps_c), (x_u, eps_u) = (predict(noisy, t, x[name]) for name in ('cond', 'null'))
+            (x_c, eps_c), (x_u, eps_u) = (predict(noisy, t, c, x['sizes']) for c in (x['cond'], unconditional))
             net.enable_adapters()
             prev = expand(abar[s])
             previous = prev.sqrt() * (x_c + w * (x_c - x_u))
             previous = previous + (1 - prev).sqrt() * (eps_c + w * (eps_c - eps_u))
-            target = consistency(previous, s, x['cond'])
+            target = consistency(previous, s, x['cond'], x['sizes'])
         loss = torch.nn.functional.mse_loss(prediction.float(), target.float())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.item()
