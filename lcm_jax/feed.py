@@ -4,7 +4,6 @@ import itertools
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from lcm_jax import sharding
@@ -46,7 +45,9 @@ class Feed:
         """Encode the source, each process its part."""
         config = self.config
         encode = encoder(self.model, DTYPES[config.dtype], DTYPES[config.vae_dtype])
-        with tqdm(total=len(source), desc=f'encoding {source.name}', unit='it', disable=None) as bar:
+        with tqdm(
+            total=len(source), desc=f'encoding {source.name}', unit='it', disable=None
+        ) as bar:
 
             def log(done):
                 bar.update(jax.process_count() * done - bar.n)
@@ -94,17 +95,15 @@ class Feed:
         found.close()
         return batches
 
+    def close(self):
+        """Stop reading, and say what was broken on the way."""
+        if self.loader.broken:
+            say(f'{len(self.loader.broken)} broken samples were replaced: {self.loader.broken}')
+        self.loader.close()
+
     def describe(self):
         """One line of what it is made of."""
         source, dropped = self.source, self.source.broken
         sizes = ', '.join(f'{h} x {w}' for h, w in self.sizes)
         gone = ''.join(f'; left out {d}' for d in (dropped, source.filtered) if d)
         return f'{source.name}: {len(source)} samples, {sizes} px{gone}'
-
-
-def report_drops(feed):
-    """Say what was broken on the way."""
-    if feed.loader.broken:
-        say(f'{len(feed.loader.broken)} broken samples were replaced: {feed.loader.broken}')
-
-

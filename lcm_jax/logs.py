@@ -8,6 +8,18 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
+from lcm_jax.tree import count, named
+
+PEAKS = {  # device kind -> bfloat16 FLOP/s
+    'TPU v4': 275e12,
+    'TPU v5 lite': 197e12,
+    'TPU v5': 459e12,
+    'TPU v6 lite': 918e12,
+    'NVIDIA A100-SXM4-80GB': 312e12,
+    'NVIDIA H100 80GB HBM3': 989e12,
+    'NVIDIA H200': 989e12,
+}
+
 
 class Writer:
     """Scalars and pictures of a run into its workdir; only the first process writes.
@@ -71,3 +83,60 @@ def size(n):
         if n < 1000 or unit == 'TB':
             return f'{n:.3g} {unit}'
         n /= 1000
+
+
+class Meter:
+    """Reports of a run's progress: losses, speed, memory.
+
+    rate: step -> learning rate; samples: of one step; flops: of one step, over all devices.
+    """
+
+    def __init__(self, writer, rate, samples, flops):
+        self.writer, self.rate, self.samples = writer, rate, samples
+        devices = jax.devices()
+        self.tflop, peak = flops / 1e12, PEAKS.get(devices[0].device_kind)
+        self.peak = peak and peak * len(devices)
+
+    def report(self, step, metrics, seconds, waited):
+        """The metrics of one step; seconds of a step, and its part spent waiting for data."""
+        speed = self.tflop / seconds
+        values = metrics | {
+            'lr': float(self.rate(step)),
+            'images_per_second': self.samples / seconds,
+            'step_seconds': seconds,
+            'data_wait_seconds': waited,
+            'compute_seconds': seconds - waited,
+            'tflops': speed,
+            'memory_bytes': memory(),
+        }
+        if self.peak:
+            values['share_of_peak'] = speed / self.peak
+        self.writer.scalars(step, values)
+
+
+def summary(prog, mesh, config, feed):
+    """What will be trained, from what, on what -> text of a few lines."""
+    trained = jax.tree.leaves(prog.state.params)
+    kinds = {
+        'frozen': prog.frozen,
+        'trained': prog.state.params,
+        'average': prog.state.ema,
+        'optimizer': prog.state.opt,
+    }
+    lines = [
+        f'{config.objective} of {config.model}: training {count(prog.state.params):,} parameters '
+        f'in {len(trained)} arrays ({config.trains}), over {count(prog.frozen):,} frozen ones',
+        f'data {feed.describe()}; {config.train.steps} steps of {config.train.batch}; captions of '
+        f'{feed.tokenizers[0].length} tokens',
+        f'mesh {" x ".join(f"{k} {n}" for k, n in mesh.shape.items())}: {mesh.size} '
+        f'{mesh.devices.flat[0].device_kind}, {jax.process_count()} processes',
+    ]
+    for kind, tree in kinds.items():
+        leaves = named(tree)
+        if leaves:
+            path, x = max(leaves, key=lambda item: item[1].size)
+            lines.append(
+                f'{kind:9} {size(sum(x.size * x.dtype.itemsize for _, x in leaves)):>8}, first of them {path} '
+                f'{x.shape} {x.dtype} as {x.sharding.spec}'
+            )
+    return '\n'.join(lines)
