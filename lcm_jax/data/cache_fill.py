@@ -3,8 +3,8 @@
 import numpy as np
 
 from lcm_jax.data.cache import Writer
-from lcm_jax.data.loader import Maker, iterate
-from lcm_jax.data.samples import Broken, Drops
+from lcm_jax.data.loader import One, iterate
+from lcm_jax.data.samples import Drops
 from lcm_jax.errors import InputError
 
 
@@ -57,24 +57,3 @@ def write_cache(
         )
     writer.close(broken.counts)
     return done, broken
-
-
-class One(Maker):
-    """Makes single samples, in the source's order."""
-
-    def __init__(self, source, tokenizers, settings):
-        super().__init__(source, tokenizers, settings, 1, (0,))
-        self.bucket = np.zeros(len(source), int)
-        for bucket, ids in enumerate(self.order.groups):
-            self.bucket[ids] = bucket
-
-    def item(self, i):
-        """-> i, bucket, name, arrays, None; or (reason, detail) in place of arrays that are none."""
-        bucket, name = int(self.bucket[i]), self.source.sample_name(i)
-        try:
-            arrays, caption = self.sample(i, 0, i, self.shapes[bucket])
-        except Broken as e:
-            return i, bucket, name, {}, (e.reason, e.detail)
-        if self.tokenizers:
-            arrays['ids'] = self.tokens([caption])[0][0]
-        return i, bucket, name, arrays, None

@@ -91,6 +91,27 @@ class Maker:
         return arrays, list(names), broken, cut
 
 
+class One(Maker):
+    """Makes single samples, in the source's order."""
+
+    def __init__(self, source, tokenizers, settings):
+        super().__init__(source, tokenizers, settings, 1, (0,))
+        self.bucket = np.zeros(len(source), int)
+        for bucket, ids in enumerate(self.order.groups):
+            self.bucket[ids] = bucket
+
+    def item(self, i):
+        """-> i, bucket, name, arrays, None; or (reason, detail) in place of arrays that are none."""
+        bucket, name = int(self.bucket[i]), self.source.sample_name(i)
+        try:
+            arrays, caption = self.sample(i, 0, i, self.shapes[bucket])
+        except Broken as e:
+            return i, bucket, name, {}, (e.reason, e.detail)
+        if self.tokenizers:
+            arrays['ids'] = self.tokens([caption])[0][0]
+        return i, bucket, name, arrays, None
+
+
 class Loader:
     """Iterator of Batches. Counts what it has given out: `loaded`, `truncated`, `broken` (Drops).
 
@@ -125,6 +146,7 @@ class Loader:
     def close(self):
         """Stop the threads and the workers."""
         self.steps.close()
+        self.steps = iter(())
 
 
 def loader(source, tokenizers, settings, *, batch, rows=None, start=0):

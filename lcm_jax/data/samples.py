@@ -30,9 +30,9 @@ class Index(NamedTuple):
     original: np.ndarray  # [N,2] int32, the same before the set's makers resized it
     scores: np.ndarray  # [N,3] float32 in the order of SCORES; nan where nothing is said
     places: np.ndarray  # [N,k] int64, where the source finds the sample
-    broken: list = []  # [(name, reason, detail)] of samples that cannot be used
-    cut: list = []  # [(file, why)] of files that could not be read to their end
-    repeats: int = 0  # samples whose key came before in the same file
+    broken: list  # [(name, reason, detail)] of samples that cannot be used
+    cut: list  # [(file, why)] of files that could not be read to their end
+    repeats: int  # samples whose key came before in the same file
     files: int = 1
 
 
