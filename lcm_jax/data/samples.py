@@ -141,10 +141,15 @@ def size_of(file):
     """An open picture file -> (height, width) from its header. Raises Broken."""
     try:
         picture = Image.open(file)
-        turned = picture.getexif().get(ORIENTATION, 1) >= 5
+        turned = orientation(picture) >= 5
     except UNREADABLE as e:
         raise Broken('picture cannot be read', describe(e)) from e
     return picture.size if turned else picture.size[::-1]
+
+
+def orientation(picture):
+    """How it lies, 1 upright; without decoding it, as `getexif` alone would do with a PNG."""
+    return picture.getexif().get(ORIENTATION, 1) if 'exif' in picture.info else 1
 
 
 def decode(picture):
@@ -155,7 +160,7 @@ def decode(picture):
         return Image.fromarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
     try:
         image = Image.open(io.BytesIO(picture))
-        image = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION) else image
+        image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
         if 'A' in image.getbands() or 'transparency' in image.info:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
