@@ -159,7 +159,7 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path, tokenizers):
     assert 'picture cannot be read (first: x.tar/' in str(e.value)
     assert len(batches.broken) >= 10
     nothing = open_source(f'wds:{broken_shard(tmp_path / "y.tar", range(12))}', SETTINGS)
-    with pytest.raises(InputError, match='100 broken samples one after the other: 100 picture'):
+    with pytest.raises(InputError, match=r'100 broken samples one after the other: \d+ picture'):
         take(loader(nothing, tokenizers, SETTINGS, batch=4), 1)
 
 

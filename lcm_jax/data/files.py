@@ -70,7 +70,8 @@ def read_range(url, offset, size):
             fs, path = fsspec.core.url_to_fs(url)
             got = fs.cat_file(path, start=offset, end=offset + size)
         else:
-            got = os.pread(handle(url).fileno(), size, offset)
+            file = handle(url)  # held, so that it stays open until it has been read
+            got = os.pread(file.fileno(), size, offset)
     except (OSError, ValueError) as e:
         raise Broken('file cannot be read', describe(e)) from e
     if len(got) != size:
