@@ -4,8 +4,10 @@ import dataclasses
 from functools import partial
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
+from lcm_jax.errors import choose
 from lcm_jax.models.layers import Attention, Conv3, ResNet, group_norm, layer_norm, sincos, upsample
 
 
@@ -33,6 +35,17 @@ class UNetSpec:
     def factor(self):
         """How many times coarser the coarsest level is than the latents."""
         return 2 ** (len(self.widths) - 1)
+
+
+# What a backward pass keeps of the forward pass, and what it computes again: how to wrap the class of
+# a resnet or transformer block. One differentiates the student alone, so that only it pays.
+REMAT = {
+    'none': lambda block: block,
+    'blocks': nn.remat,  # keeps the inputs of each
+    'products': partial(  # and what its dense layers give, but no scores: computes convolutions again
+        nn.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+}
 
 
 class TimeMLP(nn.Module):
@@ -70,15 +83,17 @@ class Transformer(nn.Module):
     heads: int
     groups: int
     linear_proj: bool
+    remat: str
 
     @nn.compact
     def __call__(self, x, context):
+        block = REMAT[self.remat](Block)
         c = x.shape[-1]
         proj = partial(nn.Dense, c) if self.linear_proj else partial(nn.Conv, c, (1, 1))
         y = group_norm(self.groups, epsilon=1e-6, name='norm')(x)
         y = proj(name='proj_in')(y).reshape(len(x), -1, c)
         for i in range(self.depth):
-            y = Block(self.heads, name=f'transformer_blocks.{i}')(y, context)
+            y = block(self.heads, name=f'transformer_blocks.{i}')(y, context)
         return x + proj(name='proj_out')(y.reshape(x.shape))
 
 
@@ -87,14 +102,16 @@ class UNet(nn.Module):
 
     pooled [B,P] and sizes [B,6] (original height, width, crop top, left, target height, width; px)
     are SDXL's; w [B,w_dim] is the embedded guidance scale of a full LCM. The output's dtype is
-    that of the parameters and z.
+    that of the parameters and z. remat is a key of REMAT.
     """
 
     spec: UNetSpec
+    remat: str = 'none'
 
     @nn.compact
     def __call__(self, z, t, context, *, pooled=None, sizes=None, w=None):
         s = self.spec
+        resnet = choose('remat', self.remat, REMAT)(ResNet)
         mlp = partial(TimeMLP, 4 * s.widths[0])
         temb = mlp(name='time_embedding')(sincos(t, s.widths[0]).astype(z.dtype), w)
         if s.pooled_dim:
@@ -102,10 +119,15 @@ class UNet(nn.Module):
             temb += mlp(name='add_embedding')(jnp.concatenate([pooled, size], -1))
 
         def slot(x, level, name, j, depth):  # one resnet and the transformer after it
-            x = ResNet(s.widths[level], s.groups, 1e-5, name=f'{name}.resnets.{j}')(x, temb)
+            x = resnet(s.widths[level], s.groups, 1e-5, name=f'{name}.resnets.{j}')(x, temb)
             if depth:
                 transformer = Transformer(
-                    depth, s.heads[level], s.groups, s.linear_proj, name=f'{name}.attentions.{j}'
+                    depth,
+                    s.heads[level],
+                    s.groups,
+                    s.linear_proj,
+                    self.remat,
+                    name=f'{name}.attentions.{j}',
                 )
                 x = transformer(x, context)
             return x
