@@ -49,18 +49,20 @@ def cache(args):
     from lcm_jax.data.cache_fill import write_cache
     from lcm_jax.data.sources import open_source
     from lcm_jax.encode import encoder
-    from lcm_jax.pipeline import Pipeline
+    from lcm_jax.model import describe
+    from lcm_jax.step import DTYPES
 
     said = settings(args)
     source = open_source(args.source, said)
-    pipe = Pipeline.load(args.model, args.dtype)
-    with tqdm(total=len(source) // args.processes, unit=' samples') as bar:
+    model = describe(args.model)
+    encode = encoder(model, DTYPES[args.dtype], DTYPES[args.vae_dtype])
+    with tqdm(total=-(-len(source) // args.processes), unit=' samples') as bar:
         done, broken = write_cache(
             args.out,
             source,
-            pipe.tokenizers,
+            model.tokenizers(),
             said,
-            encoder(pipe),
+            encode,
             model=args.model,
             batch=args.batch,
             process=args.process,
@@ -69,7 +71,7 @@ def cache(args):
         )
     if broken:
         print(f'left out: {broken}')
-    print(f'wrote {done:,} samples into {args.out}; train with data.source=cache:{args.out}')
+    print(f'wrote {done:,} samples; train with model={args.model} data.source=cache:{args.out}')
 
 
 def add(verbs, verb):
@@ -87,9 +89,9 @@ def add(verbs, verb):
     options(p)
     p.add_argument('out', help='folder to write')
     p.add_argument('--model', default='emoji', help='whose VAE and text encoders; default: emoji')
-    p.add_argument(
-        '--dtype', help='float32, bfloat16 or float16; default: bfloat16, on CPUs float32'
-    )
+    for name, what in (('--dtype', 'text encoders'), ('--vae-dtype', 'VAE')):
+        text = f'of the {what}, as in the config of the run; default: float32'
+        p.add_argument(name, choices=('float32', 'bfloat16'), default='float32', help=text)
     p.add_argument('--batch', type=int, default=16, help='samples encoded at once; default: 16')
     p.add_argument(
         '--process', type=int, default=0, help='which of --processes this is; default: 0'
