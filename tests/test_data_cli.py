@@ -25,7 +25,7 @@ def test_check_says_what_is_in_a_source(tmp_path, capsys):
         f'wds:{tar}: 6 of 11 samples',
         'broken, by the index: 1 empty caption (first: x.tar/8)',
         '2 outside min_aesthetic = 1 (first: x.tar/0: 0)',
-        '2 without what min_aesthetic needs (first: x.tar/7: nan)',
+        '2 without what min_aesthetic needs (first: x.tar/7)',
         'keys that came before in the same file: 1; each is a sample',
         'pictures, height x width: from 22 x 40, median 24 x 40, to 27 x 40',
         'cut to 48 x 80: ',

@@ -1,6 +1,7 @@
 """What a source holds: samples, their index, and a count of those that are left out."""
 
 import io
+import re
 import struct
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from PIL import Image, ImageOps
 
 ORIENTATION = 274  # EXIF tag; 5..8 are turned by a quarter
 SCORES = {'watermark': 'pwatermark', 'aesthetic': 'aesthetic', 'unsafe': 'punsafe'}  # LAION's names
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # that PIL shall try, in this order
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
     Image.DecompressionBombError,
@@ -140,7 +142,7 @@ def strings(value):
 def size_of(file):
     """An open picture file -> (height, width) from its header. Raises Broken."""
     try:
-        picture = Image.open(file)
+        picture = Image.open(file, formats=FORMATS)
         turned = orientation(picture) >= 5
     except UNREADABLE as e:
         raise Broken('picture cannot be read', describe(e)) from e
@@ -159,7 +161,7 @@ def decode(picture):
             raise Broken('picture cannot be read', f'shape {picture.shape}')
         return Image.fromarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
     try:
-        image = Image.open(io.BytesIO(picture))
+        image = Image.open(io.BytesIO(picture), formats=FORMATS)
         image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
         if 'A' in image.getbands() or 'transparency' in image.info:
             image = image.convert('RGBA')
@@ -170,5 +172,5 @@ def decode(picture):
 
 
 def describe(error):
-    """An exception in one line; PIL names BytesIO objects, which say nothing."""
-    return ' '.join(str(error).split(' <_io.')[0].split()) or type(error).__name__
+    """An exception in one line, without the Python objects that PIL names."""
+    return ' '.join(re.sub(r' <[^<>]*>$', '', str(error)).split()) or type(error).__name__

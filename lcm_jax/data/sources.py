@@ -154,6 +154,7 @@ def keep(index, filters):
         ):
             if fails.any():
                 first = int(fails.argmax())
-                drops.add(reason, index.names[first], f'{value[first]:g}', int(fails.sum()))
+                said = '' if np.isnan(value[first]) else f'{value[first]:g}'
+                drops.add(reason, index.names[first], said, int(fails.sum()))
             kept &= ~fails
     return np.flatnonzero(kept), drops
