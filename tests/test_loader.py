@@ -154,7 +154,7 @@ def test_too_many_broken_pictures_stop_the_run(tmp_path, tokenizers):
     source = open_source(f'wds:{broken_shard(tmp_path / "x.tar", range(6))}', SETTINGS)
     strict = dataclasses.replace(SETTINGS, max_dropped=0.2)
     batches = loader(source, tokenizers, strict, batch=4)
-    with pytest.raises(InputError, match=r'samples were broken, more than max_dropped = 0\.2') as e:
+    with pytest.raises(InputError, match=r'samples are broken, more than max_dropped = 0\.2') as e:
         take(batches, 50)
     assert 'picture cannot be read (first: x.tar/' in str(e.value)
     assert len(batches.broken) >= 10

@@ -50,10 +50,6 @@ def write_cache(
     for bucket, items in enumerate(waiting):
         if items:
             flush(bucket)
-    if len(broken) > settings.max_dropped * (done + len(broken)):
-        raise InputError(
-            f'{source.name}: {len(broken)} of {done + len(broken)} samples are broken, more than '
-            f'max_dropped = {settings.max_dropped} of them: {broken}'
-        )
+    broken.check(source.name, done, settings.max_dropped)
     writer.close(broken.counts)
     return done, broken

@@ -144,13 +144,8 @@ class Loader:
         name = self.maker.source.name
         if not names:
             raise InputError(f'{name}: {TRIES} broken samples one after the other: {self.broken}')
-        share = len(self.broken) / (self.loaded + len(self.broken))
-        if len(self.broken) >= FEW and share > self.settings.max_dropped:
-            raise InputError(
-                f'{name}: {len(self.broken)} of {self.loaded + len(self.broken)} '
-                f'samples were broken, more than max_dropped = {self.settings.max_dropped} of them: '
-                f'{self.broken}'
-            )
+        if len(self.broken) >= FEW:
+            self.broken.check(name, self.loaded, self.settings.max_dropped)
         if self.settings.workers:  # theirs is shared memory, which must not outlive them
             arrays = {key: np.array(x) for key, x in arrays.items()}
         return Batch(arrays, names)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from lcm_jax.errors import InputError
+
 ORIENTATION = 274  # EXIF tag; 5..8 are turned by a quarter
 SCORES = {'watermark': 'pwatermark', 'aesthetic': 'aesthetic', 'unsafe': 'punsafe'}  # LAION's names
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # that PIL shall try, in this order
@@ -59,6 +61,15 @@ class Drops:
 
     def __len__(self):
         return sum(self.counts.values())
+
+    def check(self, name, whole, max_dropped):
+        """Raise InputError with the table if they are more than that share of them and the `whole`."""
+        total = whole + len(self)
+        if len(self) > max_dropped * total:
+            raise InputError(
+                f'{name}: {len(self)} of {total} samples are broken, more than max_dropped = '
+                f'{max_dropped} of them: {self}'
+            )
 
     def __str__(self):
         """One reason: one line; more of them: a table, a line each."""
