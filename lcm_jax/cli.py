@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from lcm_jax import lora_cli
+from lcm_jax import data_cli, lora_cli
 from lcm_jax.errors import InputError
 
 EPILOG = """examples:
@@ -14,6 +14,7 @@ EPILOG = """examples:
   lcm-jax sample "a red heart, noto emoji" --lora lcm --count 4 --out hearts.png
   lcm-jax sample "a cat, noto emoji" --lora lcm --image in.png --strength 0.6 --out cat.png
   lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji --set train.steps=200
+  lcm-jax data check emoji --sheet sheet.png
   lcm-jax lora inspect demo-out/lcm_lora.safetensors
 
 lcm-jax VERB --help says what a verb takes."""
@@ -156,6 +157,7 @@ def parser():
         '--prediction-type', help='epsilon, v_prediction or sample, in place of what the model says'
     )
 
+    data_cli.add(verbs, verb)
     lora_cli.add(verbs, verb)
     return main
 
