@@ -14,7 +14,7 @@ LAYERS = [
     line.split()
     for line in """
     errors original
-    tree diffusion data text tensors hub metrics grid models.flash
+    tree diffusion data flops text tensors hub metrics grid models.flash
     models.attention
     weights orbax_io lora samplers sharding models.layers
     models.clip models.unet models.vae
