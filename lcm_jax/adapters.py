@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax import lora as L
-from lcm_jax.data import EMOJI
+from lcm_jax.data.emoji import EMOJI
 from lcm_jax.errors import InputError, nearest
 from lcm_jax.lora_files.files import read_lora
 from lcm_jax.tree import map_named

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax import hub, single, tensors, weights
-from lcm_jax.data import EMOJI
+from lcm_jax.data.emoji import EMOJI
 from lcm_jax.diffusion import KINDS
 from lcm_jax.errors import InputError, choose, nearest
 from lcm_jax.models import configs, shapes

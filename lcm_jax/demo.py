@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lcm_jax import data
+from lcm_jax.data.emoji import emoji
 from lcm_jax.errors import InputError
 from lcm_jax.evaluate import BATCH, Cell, Features, markdown, table
 from lcm_jax.grid import grid, pixels
@@ -67,7 +67,7 @@ def demo(out, steps=400):
     """Distil for `steps`, export, reload, compare, and write grid.png and report.md into `out`."""
     out = Path(out)
     teacher = Pipeline.load('emoji')
-    samples = data.emoji('train', ('noto', 'twemoji'))
+    samples = emoji('train', ('noto', 'twemoji'))
     print(f'1/4 encoding {len(samples)} captioned pictures')
     cache = encode(teacher, samples)
 
@@ -88,7 +88,7 @@ def demo(out, steps=400):
     shipped = Pipeline.load('emoji')
     shipped.add_lora('lcm')
     cells = ways(teacher, fresh, shipped)
-    heldout = data.emoji('heldout', ('noto', 'twemoji'))
+    heldout = emoji('heldout', ('noto', 'twemoji'))
     prompts = [*PROMPTS, *(s.caption for s in heldout[:: len(heldout) // HELDOUT][:HELDOUT])]
     columns = [cell.draw(prompts, seed=0)[0] for cell in tqdm(cells, desc='grid')]
     grid(

@@ -85,6 +85,18 @@ def predict(kind, out, z, alpha, sigma):
     return choose('prediction_type', kind, KINDS)(out, z, alpha, sigma)
 
 
+OUTPUTS = {  # the inverse of KINDS
+    'epsilon': lambda x, eps, alpha, sigma: eps,
+    'sample': lambda x, eps, alpha, sigma: x,
+    'v_prediction': lambda x, eps, alpha, sigma: alpha * eps - sigma * x,
+}
+
+
+def output_of(kind, x, eps, alpha, sigma):
+    """What a network of that prediction type should have said of alpha x + sigma eps."""
+    return choose('prediction_type', kind, OUTPUTS)(x, eps, alpha, sigma)
+
+
 def boundary(t, scaling=10.0, sigma_data=0.5):
     """t [...] -> c_skip, c_out [...] of the consistency function; 1, 0 at t = 0: f(z, 0) = z.
 

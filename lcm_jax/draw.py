@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lcm_jax import samplers
 from lcm_jax.conditioning import guidance_embedding
 from lcm_jax.diffusion import alpha_sigma, denoiser, guided
+from lcm_jax.encode import moments
 from lcm_jax.errors import InputError
 from lcm_jax.models.layers import in_strips
 from lcm_jax.models.tiny import TinySpec, autoencoder
@@ -140,18 +141,18 @@ def _model(plan, params, abar, rows, channels, guidance):
     def net(z, t):
         z = jnp.concatenate([z, *channels], -1)
         return _apply(
-            plan, lambda z: apply_unet(plan.unet, params, z, t, **cond), z, plan.unet.factor
+            plan, lambda z: apply_unet(UNet(plan.unet), params, z, t, **cond), z, plan.unet.factor
         )
 
     model = denoiser(net, plan.prediction_type, abar)
     return model if null is None else guided(model, guidance)
 
 
-def apply_unet(spec, params, z, t, context, **cond):
-    """The UNet with these parameters, at the context's precision -> [B,h,w,C]."""
+def apply_unet(unet, params, z, t, context, **cond):
+    """A UNet module with these parameters, at the context's precision -> [B,h,w,C]."""
     dtype = context.dtype
     cond = {k: c if k == 'sizes' else c.astype(dtype) for k, c in cond.items()}
-    return UNet(spec).apply({'params': params}, z.astype(dtype), t, context, **cond)
+    return unet.apply({'params': params}, z.astype(dtype), t, context, **cond)
 
 
 def _apply(plan, fn, x, stride):
@@ -161,13 +162,8 @@ def _apply(plan, fn, x, stride):
 
 def encode(plan, params, pictures, noise):
     """pictures [.,H,W,3] in -1..1, noise [N,h,w,C] -> scaled latents [N,h,w,C], drawn by it."""
-    vae, pictures = autoencoder(plan.vae), pictures.astype(jax.tree.leaves(params)[0].dtype)
-
-    def moments(x):
-        return jnp.concatenate(vae.apply({'params': params}, x, method='encode'), -1)
-
-    moments = _apply(plan, moments, pictures, plan.vae.factor).astype(jnp.float32)
-    mean, logvar = jnp.split(moments, 2, -1)
+    samples = len(pictures) if plan.platform == 'tpu' else None
+    mean, logvar = moments(plan.vae, params, pictures, samples)
     return plan.vae.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import data, metrics
+from lcm_jax import metrics
+from lcm_jax.data.emoji import to_float
 from lcm_jax.grid import pixels
 from lcm_jax.models.clip import ImageEncoder, TextEncoder
 from lcm_jax.pipeline import Pipeline
@@ -60,7 +61,7 @@ class Features:
 
     def images(self, pictures):
         """[N,H,W,3] uint8 -> [N,D] float32."""
-        x = jnp.asarray(data.to_float(pictures))
+        x = jnp.asarray(to_float(pictures))
         if x.shape[1:3] != (self.size, self.size):
             x = jax.image.resize(x, (len(x), self.size, self.size, 3), 'bicubic')
         return batched(self._image, np.asarray(x))

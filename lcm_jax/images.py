@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from lcm_jax.data import to_float
+from lcm_jax.data.emoji import to_float
 from lcm_jax.errors import InputError
 
 

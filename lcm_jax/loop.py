@@ -1,92 +1,172 @@
-"""The training loop: one jitted step with donated state, run to a step count, resumable."""
+"""The training loop: one compiled step with donated state, run to a step count, resumable.
 
-from pathlib import Path
+A run is a function of its step number: keys are folded with it, batches are asked for by it. So the
+state that is saved says all, and a run that was stopped goes on as if it had not been.
+"""
+
+import collections
+import itertools
+import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from lcm_jax.errors import InputError
 
 
 class State(NamedTuple):
     """Everything that a run resumes from."""
 
     step: jax.Array  # int32
+    skipped: jax.Array  # int32: steps that were left out, as their gradients were not finite
     params: Any  # what is trained, float32
-    ema: Any  # its running average (`params` itself is averaged in with weight 1 - decay)
+    ema: Any  # its running average, or None
     opt: Any  # optimizer state
 
 
-def init(params, tx):
+class Stopped(Exception):
+    """The run was asked to stop (SIGTERM), and has saved its state."""
+
+
+def init(params, tx, ema_decay):
     """Trainable parameters -> State at step 0. The average starts as a copy, so both may be donated."""
-    return State(jax.numpy.int32(0), params, jax.tree.map(jax.numpy.copy, params), tx.init(params))
+    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+    return State(jnp.int32(0), jnp.int32(0), params, ema, tx.init(params))
 
 
-def make_step(loss, tx, ema_decay):
-    """loss(params, ema, frozen, batch, key) -> (scalar, metrics)  =>  step(state, frozen, batch, key).
+def make_step(loss, tx, ema_decay=0.0, accumulate=1):
+    """loss(params, ema, frozen, batch, key) -> scalar  =>  step(state, frozen, batch, key), not jitted.
 
-    The key is folded with the step inside, so a resumed run draws what the uninterrupted one would.
-    The average's decay warms up as min(ema_decay, (1 + step) / (10 + step)).
+    The key is folded with the step inside. accumulate: parts that the batch [B, ...] is taken in,
+    one after the other; the loss must be a mean over samples. A step whose loss or gradients are not
+    finite changes nothing but the counts. The average's decay warms up as
+    min(ema_decay, (1 + step) / (10 + step)); ema_decay 0: there is none.
     """
+
+    def gradients(state, frozen, batch, key):
+        def grad(part):
+            return jax.value_and_grad(loss)(state.params, state.ema, frozen, part, key)
+
+        if accumulate == 1:
+            return grad(batch)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, grad(part)), None
+
+        # Part i is the rows i, i + accumulate, ...: rows stay on the devices that they are on.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jax.tree.map(lambda x: x / accumulate, total)
 
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        grad = jax.value_and_grad(loss, has_aux=True)
-        (value, metrics), grads = grad(state.params, state.ema, frozen, batch, key)
+        value, grads = gradients(state, frozen, batch, key)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt = tx.update(grads, state.opt, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jax.numpy.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
-        metrics = {'loss': value, 'grad_norm': optax.tree.norm(grads), **metrics}
-        return State(state.step + 1, params, ema, opt), metrics
+        ema = state.ema
+        if ema_decay:
+            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            ema = optax.incremental_update(params, ema, 1 - decay)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, ema, opt),
+            (state.params, state.ema, state.opt),
+        )
+        metrics = {'loss': value, 'grad_norm': norm, 'finite': finite}
+        return State(state.step + 1, state.skipped + ~finite, *kept), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return step
+
+
+class Watch:
+    """Follows the steps' results from one step behind, so that the device never waits for it."""
+
+    def __init__(self, most, behind=1):
+        self.most, self.behind = most, behind  # steps in a row that may be skipped
+        self.pending, self.bad, self.last = collections.deque(), [], None
+
+    def add(self, step, metrics, names):
+        self.pending.append((step, metrics, names))
+        while len(self.pending) > self.behind:
+            self._read()
+
+    def flush(self):
+        """Wait for all steps -> the last one's metrics, as floats."""
+        while self.pending:
+            self._read()
+        return self.last
+
+    def _read(self):
+        step, metrics, names = self.pending.popleft()
+        self.last = {name: float(value) for name, value in metrics.items()}
+        if self.last.pop('finite'):
+            self.bad = []
+            return
+        self.bad.append((step, names))
+        if len(self.bad) > self.most:
+            raise InputError(
+                f'{len(self.bad)} steps in a row had a loss or gradients that are not finite; '
+                + '; '.join(f'step {i}: {", ".join(names[:4])}' for i, names in self.bad[-3:])
+            )
 
 
 def fit(
     step,
     state,
     frozen,
-    batch_at,
+    batches,
     key,
     *,
     steps,
-    workdir,
+    saves,
+    log,
     save_every,
-    log_every=20,
+    log_every,
+    stop=lambda step: False,
+    max_skipped=10,
     on_save=None,
     label='train',
 ):
-    """Run `step` until `steps`, from the newest checkpoint in `workdir` if there is one -> State.
+    """Run `step` from the state's own step until `steps` -> State.
 
-    batch_at(i) gives the batch of step i. Metrics go to the progress bar and to TensorBoard in
-    `workdir`; on_save(i, state, writer) is called after each checkpoint and at the end.
+    step: compiled, (state, frozen, batch, key) -> (state, metrics). batches(i) -> iterator of
+    (batch, names of its samples) from step i on. saves: a `saves.Saves`; on_save(i, state) -> metrics
+    that go with the checkpoint. log(i, metrics, seconds, waited) gets the means of `log_every`
+    steps: seconds of one, and its part spent waiting for data. stop(i): whether to save, and raise
+    Stopped. Raises InputError if more than `max_skipped` steps in a row are not finite.
     """
-    workdir = Path(workdir).resolve()
-    manager = ocp.CheckpointManager(
-        workdir / 'checkpoints', options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    )
-    if manager.latest_step() is not None:
-        state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(state))
     start = int(state.step)
-    with (
-        SummaryWriter(str(workdir)) as writer,
-        tqdm(total=steps, initial=start, desc=label, unit='it', mininterval=1) as bar,
-    ):
-        for i in range(start, steps):
-            state, metrics = step(state, frozen, batch_at(i), key)
+    if start >= steps:
+        return state
+    watch, stream = Watch(max_skipped), batches(start)
+    began, waited, since = time.perf_counter(), 0.0, start
+    with tqdm(total=steps, initial=start, desc=label, unit='it', mininterval=1) as bar:
+        for i in itertools.count(start + 1):
+            asked = time.perf_counter()
+            batch, names = next(stream)
+            waited += time.perf_counter() - asked
+            state, metrics = step(state, frozen, batch, key)
+            watch.add(i, metrics, names)
             bar.update()
-            if (i + 1) % log_every == 0:
-                metrics = {name: float(value) for name, value in metrics.items()}
+            if i % log_every == 0 or i == steps:
+                metrics, n = watch.flush(), i - since
+                log(i, metrics, (time.perf_counter() - began) / n, waited / n)
                 bar.set_postfix(loss=f'{metrics["loss"]:.4f}')
-                for name, value in metrics.items():
-                    writer.add_scalar(name, value, i + 1)
-            if (i + 1) % save_every == 0 or i + 1 == steps:
-                manager.save(i + 1, args=ocp.args.StandardSave(state))
-                if on_save:
-                    on_save(i + 1, state, writer)
-    manager.wait_until_finished()
-    manager.close()
-    return state
+                began, waited, since = time.perf_counter(), 0.0, i
+            stopping = stop(i)
+            if i % save_every == 0 or i == steps or stopping:
+                watch.flush()
+                saves.save(i, state, on_save(i, state) if on_save and not stopping else {})
+                began, waited, since = time.perf_counter(), 0.0, i
+            if i == steps:
+                return state
+            if stopping:
+                raise Stopped(f'step {i}')

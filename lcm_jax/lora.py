@@ -23,28 +23,46 @@ LCM_TARGETS = (
 )
 
 
+def ranks(params, rows):
+    """Rows (regex of whole paths, rank, alpha) -> {path: (rank, alpha)} of the kernels they adapt.
+
+    The first row that matches counts; rank 0 leaves its kernels alone. params may be abstract.
+    Raises InputError if nothing is adapted, and for a row that no kernel matches.
+    """
+    found, used = {}, set()
+    for path, w in named(params):
+        row = next((i for i, (regex, *_) in enumerate(rows) if re.fullmatch(regex, path)), None)
+        used.add(row)
+        if row is not None and rows[row][1] and w.ndim > 1:
+            found[path] = tuple(rows[row][1:])
+    unused = [regex for i, (regex, *_) in enumerate(rows) if i not in used]
+    if unused or not found:
+        raise InputError(f'no parameter matches the LoRA targets {(unused or [rows])[0]!r}')
+    return found
+
+
 def init(key, params, rank, targets=LCM_TARGETS):
     """Adapter for every kernel of `params` whose path matches `targets`, neutral at first (up = 0).
 
-    params may be abstract; targets is a regex of the whole path. `down` is uniform in
-    +-1/sqrt(fan_in), as PEFT draws it (kaiming_uniform with a = sqrt(5)); factors are float32.
-    Raises InputError if nothing matches.
+    params may be abstract; targets is a regex of the whole path, and rank one for all; or rank is
+    {path: (rank, alpha)} as `ranks` gives it. `down` is uniform in +-1/sqrt(fan_in), as PEFT draws
+    it (kaiming_uniform with a = sqrt(5)); factors are float32. Raises InputError if nothing matches.
     """
-    shapes = {path: w.shape for path, w in named(params) if re.fullmatch(targets, path)}
-    if not shapes:
-        raise InputError(f'no parameter matches the LoRA targets {targets!r}')
-    fan_in = [math.prod(shape[:-1]) for shape in shapes.values()]
+    chosen = rank if isinstance(rank, dict) else ranks(params, ((targets, rank, rank),))
+    shapes = {path: w.shape for path, w in named(params) if path in chosen}
+    fan_in = {path: math.prod(shape[:-1]) for path, shape in shapes.items()}
+    sizes = [chosen[path][0] * n for path, n in fan_in.items()]
 
     @jax.jit  # and one draw for all: drawing module by module compiles a program for each shape
     def draw(key):
-        flat = jax.random.uniform(key, (rank * sum(fan_in),), minval=-1, maxval=1)
-        parts = jnp.split(flat, [rank * n for n in itertools.accumulate(fan_in)][:-1])
+        flat = jax.random.uniform(key, (sum(sizes),), minval=-1, maxval=1)
+        parts = jnp.split(flat, [*itertools.accumulate(sizes)][:-1])
         return {
             path: {
-                'down': n**-0.5 * part.reshape(*shape[:-1], rank),
-                'up': jnp.zeros((*(1,) * (len(shape) - 2), rank, shape[-1])),
+                'down': n**-0.5 * part.reshape(*shapes[path][:-1], chosen[path][0]),
+                'up': jnp.zeros((*(1,) * len(shapes[path][2:]), chosen[path][0], shapes[path][-1])),
             }
-            for (path, shape), n, part in zip(shapes.items(), fan_in, parts, strict=True)
+            for (path, n), part in zip(fan_in.items(), parts, strict=True)
         }
 
     return draw(key)
@@ -76,14 +94,16 @@ def apply(fn, lora, scale=1.0):
     """`fn` with y += scale * (x down) up after every adapted Dense or Conv; forms no down up.
 
     For training: gradients reach only the low-rank factors, and no full-size gradient is built.
+    scale: one for all modules, or {path: scale}.
     """
 
     def intercept(call, args, kwargs, ctx):
         y = call(*args, **kwargs)
-        ab = lora.get('/'.join((*ctx.module.path, 'kernel')))
+        path = '/'.join((*ctx.module.path, 'kernel'))
+        ab, by = lora.get(path), scale.get(path) if isinstance(scale, dict) else scale
         if ab is None or ctx.method_name != '__call__':
             return y
-        down, up = ab['down'].astype(y.dtype), (scale * ab['up']).astype(y.dtype)
+        down, up = ab['down'].astype(y.dtype), (by * ab['up']).astype(y.dtype)
         # The layer itself with its r features: the same stride and padding, Dense and Conv alike.
         low = ctx.module.clone(features=down.shape[-1], use_bias=False, name=None, parent=None)
         h = low.apply({'params': {'kernel': down}}, args[0].astype(y.dtype))

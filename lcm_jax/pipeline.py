@@ -12,12 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax import adapters, images, request, samplers
 from lcm_jax.adapters import Adapter
-from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model, open_part
+from lcm_jax.checkpoint import Checkpoint
 from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.draw import Plan, apply_unet, check_finite, draw, on_mesh
 from lcm_jax.errors import InputError, choose
-from lcm_jax.families import Family, check_channels, read_family, takes_mask
-from lcm_jax.scheduler import Schedule, read_schedule
+from lcm_jax.families import Family, takes_mask
+from lcm_jax.model import describe
+from lcm_jax.models.unet import UNet
+from lcm_jax.scheduler import Schedule
 from lcm_jax.text import Tokenizer
 
 
@@ -61,40 +63,27 @@ class Pipeline:
         component -> sharding, or tree of them, of its parameters; default: whole on every device.
         Raises InputError for what is missing, does not fit or is not supported.
         """
-        ckpt = open_model(name, prediction_type)
-        family = read_family(ckpt.index, ckpt.folder / INDEX)
-        schedule = read_schedule(ckpt.scheduler, ckpt.folder / SCHEDULER)
-        sources = dict.fromkeys(('unet', 'vae', *family.text_encoders), ckpt)
-        if vae is not None:
-            sources['vae'] = open_part(vae, 'vae')
-        specs = {part: source.spec(part) for part, source in sources.items()}
+        model = describe(name, prediction_type, vae)
         default = jnp.float32 if _platform(mesh) == 'cpu' else jnp.bfloat16
-        dtypes = dict.fromkeys(sources, dtype or default) | {'vae': vae_dtype}
+        dtypes = dict.fromkeys(model.specs, dtype or default) | {'vae': vae_dtype}
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        params = {
-            part: source.load(part, dtypes[part], (sharding or {}).get(part, whole))
-            for part, source in sources.items()
-        }
-        check_channels(specs['unet'], specs['vae'], ckpt.folder)
-        tokenizers = (part.replace('text_encoder', 'tokenizer') for part in family.text_encoders)
-        grid = ckpt.configs['unet'].get('sample_size') or 64
-        height, width = grid if isinstance(grid, list) else (grid, grid)
-        factor = specs['vae'].factor
+        homes = {part: (sharding or {}).get(part, whole) for part in model.specs}
+        params = model.load(model.specs, dtypes, homes)
         return cls(
-            ckpt,
-            family,
-            specs,
+            model.checkpoint,
+            model.family,
+            model.specs,
             params,
-            tuple(ckpt.tokenizer(name) for name in tokenizers),
-            schedule,
-            (height * factor, width * factor),
+            model.tokenizers(),
+            model.schedule,
+            model.size,
             params,
             mesh,
         )
 
     def net(self, params, z, t, context, **cond):
         """The UNet with these parameters: z [B,h,w,C], t [B], a condition -> [B,h,w,C]."""
-        return apply_unet(self.specs['unet'], params, z, t, context, **cond)
+        return apply_unet(UNet(self.specs['unet']), params, z, t, context, **cond)
 
     def encode_text(self, prompts, clip_skip=0, truncate=False):
         """[B] str -> their condition: 'context' [B,L,D], and for SDXL 'pooled' [B,P].

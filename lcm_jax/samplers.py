@@ -81,6 +81,44 @@ def dpm_solver_pp(first_order_end=False):
     return _second_order('sample', first_order_end)
 
 
+# One step of the teacher's ODE in distillation: (model, z, t [B], s [B], abar) -> z_s.
+
+
+def ddim_step(model, z, t, s, abar):
+    """DDIM: one evaluation of the model."""
+    return ddim().step((), z, model(z, t), t, s, abar, None)[0]
+
+
+def midpoint_step(kind):
+    """DPM-Solver-2 (kind 'epsilon') and DPM-Solver++(2S) (kind 'sample'): two evaluations.
+
+    arXiv 2206.00927 and 2211.01095, algorithm 1 each, with the second evaluation at the whole time u
+    whose log-SNR is nearest to the middle of the step.
+    """
+
+    def step(model, z, t, s, abar):
+        lam = 0.5 * jnp.log(abar / (1 - abar))
+        middle = (lam[t] + lam[s]) / 2
+        u = jnp.argmin(jnp.abs(lam - middle[:, None]), -1)
+        now = model(z, t)
+        z_u = ddim().step((), z, now, t, u, abar, None)[0]
+        later, h = model(z_u, u), lam[s] - lam[t]
+        r = jnp.where(h > 0, (lam[u] - lam[t]) / jnp.where(h > 0, h, 1.0), 1.0)
+        a, b = (p.eps if kind == 'epsilon' else p.x for p in (now, later))
+        alpha, sigma = alpha_sigma(abar, t, z.ndim)
+        pred = predict(kind, a + (b - a) / (2 * expand(r, z.ndim)), z, alpha, sigma)
+        return ddim().step((), z, pred, t, s, abar, None)[0]
+
+    return step
+
+
+ODE_STEPS = {
+    'ddim': ddim_step,
+    'dpm': midpoint_step('epsilon'),
+    'dpm++': midpoint_step('sample'),
+}
+
+
 # n points of T, falling.
 
 DISTILLED_STEPS = 50  # solver steps of the published LCMs (diffusers `original_inference_steps`)

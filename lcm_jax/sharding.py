@@ -130,6 +130,25 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def groups(mesh):
+    """How many groups of devices hold different rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def placed(tree, mesh, rules=RULES):
+    """Tree of arrays or shapes -> ShapeDtypeStructs that say where they shall lie, see `shardings`."""
+    return jax.tree.map(
+        lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
+        tree,
+        shardings(tree, mesh, rules),
+    )
+
+
+def homes(tree):
+    """Tree of arrays or `placed` shapes -> tree of their shardings."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def replicated(mesh):
     """Of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -200,3 +219,11 @@ def start_distributed(coordinator=None, processes=None, process=None):
                 'three, with process from 0 to processes - 1'
             )
         jax.distributed.initialize(coordinator, processes, process)
+
+
+def wait(name):
+    """Until all processes have come here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

@@ -64,29 +64,36 @@ class Tokenizer:
             self.tokenizer.save_pretrained(folder)
             return {p.name: p.read_text(encoding='utf-8') for p in Path(folder).iterdir()}
 
+    def cut(self, prompts):
+        """[B] str -> ids [B,length] int32, cut where they are too long, and lengths [B] before that."""
+        read = self.tokenizer(list(prompts), verbose=False).input_ids
+        out = np.full((len(read), self.length), self.tokenizer.pad_token_id, np.int32)
+        for row, ids in zip(out, read, strict=True):
+            kept = ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]
+            row[: len(kept)] = kept
+        return out, np.array([len(ids) for ids in read])
+
     def __call__(self, prompts, truncate=False):
         """[B] str -> ids [B,length] int32.
 
         A prompt that is too long raises InputError; if `truncate`, it is cut with a warning.
         """
-        out = []
-        for prompt, ids in zip(
-            prompts, self.tokenizer(list(prompts), verbose=False).input_ids, strict=True
-        ):
-            if len(ids) > self.length and truncate:
+        prompts = list(prompts)
+        out, lengths = self.cut(prompts)
+        for prompt, n in zip(prompts, lengths, strict=True):
+            if n > self.length and truncate:
+                left = self.tokenizer(prompt, verbose=False).input_ids[self.length - 1 : -1]
                 warnings.warn(
-                    f'prompt of {len(ids)} tokens cut to {self.length} (start and end included); '
-                    f'left out: {self.tokenizer.decode(ids[self.length - 1 : -1])!r}',
+                    f'prompt of {n} tokens cut to {self.length} (start and end included); '
+                    f'left out: {self.tokenizer.decode(left)!r}',
                     stacklevel=2,
                 )
-                ids = [*ids[: self.length - 1], ids[-1]]
-            elif len(ids) > self.length:
+            elif n > self.length:
                 raise InputError(
-                    f'prompt of {len(ids)} tokens (start and end included); this '
+                    f'prompt of {n} tokens (start and end included); this '
                     f'model takes at most {self.length}: {prompt!r}'
                 )
-            out.append(ids + [self.tokenizer.pad_token_id] * (self.length - len(ids)))
-        return np.asarray(out, np.int32)
+        return out
 
 
 @functools.cache

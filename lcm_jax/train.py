@@ -1,279 +1,214 @@
-"""Distil an LCM-LoRA.
+"""Distil, fine-tune or adapt a model.
 
     python -m lcm_jax.train --config=configs/NAME.py --workdir=DIR [--config.KEY=VALUE ...]
 
-KEY is one of configs/default.py, such as train.steps; DIR is for checkpoints, logs and the LoRA.
+KEY is one of configs/default.py, such as train.steps; DIR is for checkpoints, logs, pictures and
+what is trained. The same command again goes on where it was stopped. On several machines, run it on
+each: TPU pods, GKE, Slurm and Open MPI are recognised by their environment; elsewhere add
+--coordinator=HOST:PORT --processes=N --process=I (or --coordinator=auto: JAX looks around).
 """
 
+import functools
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from ml_collections import ConfigDict
 
-from lcm_jax import data, distill, loop, samplers
-from lcm_jax import lora as L
+from lcm_jax import loop, sharding
+from lcm_jax.conditioning import encode_text
 from lcm_jax.errors import InputError, choose
-from lcm_jax.lora_files.files import write_lora
-from lcm_jax.models.vae import VAE
-from lcm_jax.pipeline import Pipeline
-from lcm_jax.tree import count
+from lcm_jax.export import export
+from lcm_jax.feed import Feed
+from lcm_jax.logs import Meter, Writer, say, summary
+from lcm_jax.model import describe
+from lcm_jax.preview import Preview
+from lcm_jax.saves import Saves, on_host
+from lcm_jax.step import DTYPES, cached, program, without_sizes
+from lcm_jax.stop import Stop
 
-PROMPTS = (  # drawn at each checkpoint
-    'red heart, emotion, heart, love, red, noto emoji',
-    'cat face, animal, cat, face, kitten, kitty, pet, twemoji',
-    'strawberry, berry, fruit, noto emoji',
-    'avocado, food, fruit, twemoji',
-)
-
-
-class Cache(NamedTuple):
-    """A training set, encoded once."""
-
-    mean: jax.Array  # [N,h,w,C] of the latents' posterior, unscaled
-    std: jax.Array  # [N,h,w,C]
-    cond: dict[str, jax.Array]  # the captions' conditions (see `conditioning`), [N, ...] each
-    null: dict[str, jax.Array]  # the null condition, [1, ...] each
-
-
-def batched(fn, x, batch=64):
-    """fn over the rows of x in batches of one shape -> numpy tree."""
-    padded = np.concatenate([x, np.repeat(x[:1], -len(x) % batch, 0)])
-    parts = [jax.tree.map(np.asarray, fn(b)) for b in np.split(padded, len(padded) // batch)]
-    return jax.tree.map(lambda *ys: np.concatenate(ys)[: len(x)], *parts)
-
-
-def encode_pictures(spec, params, pictures):
-    """pictures [N,H,W,3] uint8 -> mean, std [N,h,w,C] of their latents."""
-    encode = jax.jit(lambda x: VAE(spec).apply({'params': params}, x, method='encode'))
-    mean, logvar = batched(lambda x: encode(data.to_float(x)), pictures)
-    return mean, np.exp(0.5 * logvar)
-
-
-def encode_captions(read, captions):
-    """[N] str -> their conditions, [N, ...] each in numpy; read does it for a list of any length."""
-    return batched(lambda some: read(some.tolist()), np.array(captions, object))
-
-
-def encode(pipe, samples):
-    """[Sample] -> Cache on the device, by the pipeline's own VAE and text encoders."""
-    pictures = np.stack([s.picture for s in samples])
-    mean, std = encode_pictures(pipe.specs['vae'], pipe.params['vae'], pictures)
-    cond = encode_captions(pipe.encode_text, [s.caption for s in samples])
-    sizes = pipe.sizes(pictures.shape[1:3])
-    cond |= {k: np.repeat(x, len(samples), 0) for k, x in sizes.items()}
-    return jax.tree.map(jnp.asarray, Cache(mean, std, cond, pipe.encode_null() | sizes))
-
-
-def make_loss(pipe, *, scale, target, solver_steps, w_range, distance, huber_c):
-    """The distillation loss as `loop.make_step` takes it; frozen = (base UNet parameters, Cache).
-
-    Student and target are the base with an adapter, the teacher the base alone: one copy of it.
-    """
-    choose('distance', distance, distill.DISTANCES)
-    pick = choose(
-        'target', target, {'student': lambda params, ema: params, 'ema': lambda params, ema: ema}
-    )
-
-    def loss(params, ema, frozen, samples, key):
-        base, cache = frozen
-        keys = jax.random.split(key)
-        draws = distill.draw(
-            keys[0],
-            samples,
-            cache.mean.shape[1:],
-            steps=solver_steps,
-            total=len(pipe.schedule.abar),
-            w_range=w_range,
-        )
-        posterior = jax.vmap(
-            lambda i: jax.random.normal(jax.random.fold_in(keys[1], i), cache.mean.shape[1:])
-        )
-        z = pipe.specs['vae'].scaling_factor * (
-            cache.mean[samples] + cache.std[samples] * posterior(samples)
-        )
-        cond = jax.tree.map(lambda x: x[samples], cache.cond)
-        null = jax.tree.map(lambda x, c: jnp.broadcast_to(x, c.shape), cache.null, cond)
-        batch = {'z': z, 'cond': cond, 'null': null}
-
-        def teacher(z, t, **cond):
-            return pipe.net(base, z, t, **cond)
-
-        student, goal = (L.apply(teacher, lora, scale) for lora in (params, pick(params, ema)))
-        return distill.lcm_loss(
-            student,
-            goal,
-            teacher,
-            batch,
-            draws,
-            pipe.schedule.abar,
-            solver=samplers.ddim(),
-            kind=pipe.schedule.prediction_type,
-            distance=distance,
-            huber_c=huber_c,
-        ), {}
-
-    return loss
-
-
-def distil(
-    pipe,
-    cache,
-    *,
-    rank,
-    alpha,
-    targets,
-    solver_steps,
-    w_min,
-    w_max,
-    distance,
-    huber_c,
-    target,
-    steps,
-    batch,
-    lr,
-    warmup,
-    decay,
-    weight_decay,
-    clip,
-    ema_decay,
-    seed,
-    data_seed,
-    log_every,
-    save_every,
-    weights,
-    workdir,
-):
-    """Distil an adapter from the pipeline's UNet -> adapter with its scale alpha / rank baked in.
-
-    The keywords are the keys of configs/default.py. Resumes from `workdir`.
-    """
-    pick = choose('export.weights', weights, {'params': lambda s: s.params, 'ema': lambda s: s.ema})
-    base = pipe.params['unet']
-    lora = L.init(jax.random.key(seed), base, rank, targets or L.LCM_TARGETS)
-    if decay and warmup >= steps:
-        raise InputError(f'warmup = {warmup} of {steps} steps; with decay it must be less')
-    rate = (
-        optax.warmup_cosine_decay_schedule(0, lr, warmup, steps, lr / 100)
-        if decay
-        else optax.linear_schedule(0, lr, warmup)
-        if warmup
-        else lr
-    )
-    tx = optax.chain(optax.clip_by_global_norm(clip), optax.adamw(rate, weight_decay=weight_decay))
-    loss = make_loss(
-        pipe,
-        scale=alpha / rank,
-        target=target,
-        solver_steps=solver_steps,
-        w_range=(w_min, w_max),
-        distance=distance,
-        huber_c=huber_c,
-    )
-    indices = data.shuffled(len(cache.mean), batch, data_seed)
-    print(
-        f'training {count(lora):,} parameters in {len(lora)} modules (rank {rank}) over a frozen '
-        f'base of {count(base):,}; {len(cache.mean)} samples, {steps} steps of {batch}'
-    )
-
-    def baked(state):
-        return {
-            path: {'down': ab['down'], 'up': ab['up'] * (alpha / rank)}
-            for path, ab in pick(state).items()
-        }
-
-    def show(step, state, writer):
-        pictures = pipe.with_lora({'unet': baked(state)})(
-            list(PROMPTS), steps=4, sampler='lcm', guidance=1.0
-        )
-        writer.add_image(
-            'four_steps',
-            np.concatenate([np.asarray(p) for p in pictures], 1),
-            step,
-            dataformats='HWC',
-        )
-
-    state = loop.fit(
-        loop.make_step(loss, tx, ema_decay),
-        loop.init(lora, tx),
-        (base, cache),
-        indices,
-        jax.random.key(seed),
-        steps=steps,
-        workdir=workdir,
-        save_every=save_every,
-        log_every=log_every,
-        on_save=show,
-        label='distil',
-    )
-    return baked(state)
+NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
+STOPPED = 143  # exit status after SIGTERM, by which clusters know that the run shall go on
 
 
 def run(config, workdir):
-    """A whole training run from a config -> path of the exported LoRA."""
-    pipe = Pipeline.load(
-        config.model,
-        choose('dtype', config.dtype, {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}),
-    )
-    samples = data.emoji('train', config.data.styles)
-    lora = distil(
-        pipe,
-        encode(pipe, samples),
-        **config.lora,
-        **config.distill,
-        **config.train,
-        data_seed=config.data.seed,
-        weights=config.export.weights,
-        workdir=workdir,
-    )
-    out = Path(workdir) / 'lcm_lora.safetensors'
-    write_lora(
-        out,
-        {'unet': lora},
-        pipe.params,
-        alpha=config.lora.alpha,
-        metadata=recipe(config.distill),
-    )
-    print(f'wrote {out}')
-    return out
+    """A whole run from a config -> path of what it exports. Resumes from `workdir`.
+
+    Raises InputError for bad settings and data, and loop.Stopped after SIGTERM, its state saved.
+    """
+    workdir, c = Path(workdir).resolve(), config.train
+    model = describe(config.model)
+    mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
+    prog = program(model.specs, model.family, model.schedule, config, mesh)
+    feed = Feed(model, config, mesh, workdir)
+    with Saves(workdir / 'checkpoints', config.to_dict(), keep=c.keep, best=c.best) as saves:
+        there = place(model, prog, config, mesh)
+        state = there.state
+        preview = Preview(model, prog, mesh, config.preview, there, feed.sizes[0], workdir)
+        preview.references(state.params, there.frozen)
+        resumed = saves.restore(prog.state)
+        if resumed is None:
+            say(summary(prog, mesh, config, feed))
+        else:
+            state, there = resumed, there._replace(state=None)
+            say(f'going on from step {int(state.step)} in {workdir}')
+        step = Steps(prog, there, mesh, c.seed)
+        with Writer(workdir, int(state.step)) as writer, Stop() as stop:
+            out = Outputs(config, model, prog, feed, preview, step, saves, writer, workdir)
+            meter = Meter(prog, mesh, config, step, writer)
+            state = loop.fit(
+                step,
+                state,
+                there.frozen,
+                feed.batches,
+                step.key,
+                steps=c.steps,
+                saves=saves,
+                log=meter.report,
+                save_every=c.save_every,
+                log_every=c.log_every,
+                stop=stop,
+                max_skipped=c.max_skipped,
+                on_save=out.on_save,
+                label=config.objective,
+            )
+            feed.close()
+            return out.export(config.export.name, state)
 
 
-def recipe(distilled):
-    """What a reader of the exported file should know -> safetensors metadata."""
-    return {
-        'lcm_jax.accelerates': 'true',
-        'lcm_jax.w_min': str(distilled['w_min']),
-        'lcm_jax.w_max': str(distilled['w_max']),
-        'lcm_jax.solver_steps': str(distilled['solver_steps']),
-    }
+class There(NamedTuple):
+    """What a run starts from, on its devices."""
+
+    frozen: dict  # as the Program says
+    state: loop.State
+    told: dict  # the preview's conditions {'cond', 'null'}, [N, ...] each in numpy
+    vae: dict  # parameters in numpy: pictures are decoded now and then
+
+
+def place(model, prog, config, mesh):
+    """Read the model and start the state -> There. What encodes is kept only if the step asks it."""
+    dtypes = dict.fromkeys(model.specs, DTYPES[config.dtype]) | {'vae': DTYPES[config.vae_dtype]}
+    encoders = model.load(model.encoders, dtypes)
+    told = conditions(model, encoders, config)
+    null = {k: x[:1] for k, x in told['null'].items() if k != 'sizes'}
+    vae = jax.device_get(encoders.pop('vae'))
+    del encoders
+    put = functools.partial(sharding.put, home=sharding.replicated(mesh))
+    kept = [part for part in model.specs if part in prog.frozen]
+    homes = {part: sharding.homes(prog.frozen[part]) for part in kept}
+    frozen = model.load(kept, dtypes, homes) | {'null': jax.tree.map(put, null)}
+    base = frozen.get('unet')
+    if base is None:
+        base = model.load(['unet'], dtypes, sharding.replicated(mesh))['unet']
+
+    def start(seed, base):
+        params = prog.student.init(jax.random.key(seed), base)
+        return loop.init(params, prog.tx, config.train.ema_decay)
+
+    start = jax.jit(start, out_shardings=sharding.homes(prog.state))
+    return There(frozen, start(np.uint32(config.train.seed), base), told, vae)
+
+
+def conditions(model, params, config):
+    """The preview's prompts and the null condition -> {'cond', 'null'}, [N, ...] each in numpy."""
+    parts = model.family.text_encoders
+    specs, tokenizers = tuple(model.specs[part] for part in parts), model.tokenizers()
+
+    def read(prompts):
+        ids = tuple(tokenizer(prompts) for tokenizer in tokenizers)
+        return jax.device_get(encode_text(specs, tuple(params[part] for part in parts), ids))
+
+    prompts = list(config.preview.prompts)
+    cond, null = read(prompts), read([''])
+    how = config.distill.null
+    zero = choose('distill.null', how, NULLS | {'model': model.family.zero_null})
+    null = {k: np.repeat(np.zeros_like(x) if zero else x, len(prompts), 0) for k, x in null.items()}
+    if model.specs['unet'].size_dim:
+        height, width = model.size
+        sizes = np.tile(np.float32([height, width, 0, 0, height, width]), (len(prompts), 1))
+        cond, null = cond | {'sizes': sizes}, null | {'sizes': sizes}
+    return {'cond': cond, 'null': null}
+
+
+class Steps:
+    """The compiled step: one program for each shape of batch. Also the run's key."""
+
+    def __init__(self, prog, there, mesh, seed):
+        whole = sharding.replicated(mesh)
+        make = jax.jit(lambda seed: jax.random.key(seed), out_shardings=whole)
+        self.key, self.whole, self.prog = make(np.uint32(seed)), whole, prog
+        self.run = jax.jit(
+            prog.step, donate_argnums=0, out_shardings=(sharding.homes(prog.state), whole)
+        )
+
+    def __call__(self, state, frozen, batch, key):
+        return self.run(state, frozen, batch, key)
+
+
+class Outputs:
+    """What a run leaves behind: pictures and metrics at each checkpoint, and exported files."""
+
+    def __init__(self, config, model, prog, feed, preview, step, saves, writer, workdir):
+        self.config, self.model, self.prog, self.preview = config, model, prog, preview
+        self.saves, self.writer, self.workdir, self.key = saves, writer, workdir, step.key
+        self.held, self.frozen = feed.validation(), None
+        self.loss = jax.jit(prog.loss, out_shardings=step.whole)
+
+    def chosen(self, state):
+        return state.ema if self.config.export.weights == 'ema' else state.params
+
+    def on_save(self, i, state, frozen):
+        """-> metrics. Exports what is the best so far."""
+        chosen = self.chosen(state)
+        picture, metrics = self.preview(chosen, frozen)
+        if self.held:
+            losses = [
+                self.loss(chosen, chosen, frozen, batch, jax.random.fold_in(self.key, j))
+                for j, batch in enumerate(self.held)
+            ]
+            metrics['validation'] = float(np.mean([np.asarray(x) for x in losses]))
+        self.writer.picture(i, 'preview', picture)
+        self.writer.scalars(i, metrics)
+        if self.saves.improves(metrics):
+            self.export(f'{self.config.export.name}_best', state)
+        return metrics
+
+    def export(self, name, state):
+        """-> path, written by the first process."""
+        trained = on_host(self.chosen(state))
+        if jax.process_index():
+            return None
+        out = export(self.workdir / name, trained, self.model, self.prog.student, self.config)
+        say(f'wrote {out}')
+        return out
 
 
 def parse(argv):
-    """['--config=FILE', '--workdir=DIR', '--config.KEY=VALUE', ...] -> locked config, workdir.
+    """['--config=FILE', '--workdir=DIR', '--config.KEY=VALUE', ...] -> locked config, workdir, cluster.
 
-    Raises InputError for a file that is not there, an unknown key and a value of another type.
+    cluster: keywords of `sharding.start_distributed`. Raises InputError for a file that is not
+    there, an unknown key and a value of another type.
     """
-    config, _, _ = parse_flags([arg for arg in argv if not arg.startswith('--config.')])
+    from ml_collections import ConfigDict
+
+    config, *_ = parse_flags([arg for arg in argv if not arg.startswith('--config.')])
     for arg in argv:
         if arg.startswith('--config.'):
             node = config
             for key in arg.removeprefix('--config.').split('=')[0].split('.'):
                 node = choose('config key', key, node if isinstance(node, ConfigDict) else {})
-    config, workdir, extra = parse_flags(argv)
+    config, workdir, cluster, extra = parse_flags(argv)
     if extra or not workdir:
         raise InputError(
             f'arguments {" ".join(argv)}; give --config=FILE --workdir=DIR and, '
             'if you like, --config.KEY=VALUE'
         )
-    return config, workdir
+    return config, workdir, cluster
 
 
 def parse_flags(argv):
-    """Command line -> config, workdir, other arguments, as absl and ml_collections read it."""
+    """Command line -> config, workdir, cluster, other arguments, as absl and ml_collections read it."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -281,6 +216,11 @@ def parse_flags(argv):
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     workdir = flags.DEFINE_string('workdir', None, 'For the outputs.', flag_values=values)
+    cluster = {
+        'coordinator': flags.DEFINE_string('coordinator', None, 'HOST:PORT', flag_values=values),
+        'processes': flags.DEFINE_integer('processes', None, 'How many.', flag_values=values),
+        'process': flags.DEFINE_integer('process', None, 'Which of them.', flag_values=values),
+    }
     try:
         _, *extra = values(argv)
         if not (config.value and config.value.is_locked):  # an OSError, if the file cannot be read
@@ -289,7 +229,17 @@ def parse_flags(argv):
         raise InputError(f'config file: {str(e).splitlines()[-1].strip()}') from e
     except (flags.Error, AttributeError, KeyError) as e:
         raise InputError(' '.join(str(e).split())) from e
-    return config.value, workdir.value, extra
+    return config.value, workdir.value, {k: flag.value for k, flag in cluster.items()}, extra
+
+
+def start(config, workdir, cluster):
+    """`run` as a program: joins the other processes; after SIGTERM the status is 143."""
+    sharding.start_distributed(**cluster)
+    try:
+        run(config, workdir)
+    except loop.Stopped as e:
+        say(f'stopped by SIGTERM, saved at {e}; the same command goes on from there')
+        sys.exit(STOPPED)
 
 
 def main(argv=None):
@@ -298,7 +248,7 @@ def main(argv=None):
     if {'-h', '--help'} & {*argv}:
         return print(__doc__)
     try:
-        run(*parse(argv))
+        start(*parse(argv))
     except InputError as e:
         sys.exit(f'error: {e}')
 

@@ -150,6 +150,9 @@ def place(tree, sharding=None):
     homes = jax.tree.leaves(homes, is_leaf=lambda x: x is None)
 
     def put(x, home):
+        if home is not None and not home.is_fully_addressable:  # each process places its own part
+            array = np.array(x)
+            return jax.make_array_from_callback(array.shape, home, lambda index: array[index])
         return jax.device_put(np.asarray(x), home, may_alias=False).block_until_ready()
 
     with ThreadPoolExecutor(READERS) as pool:

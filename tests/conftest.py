@@ -11,7 +11,7 @@ from random_model import write_model
 
 from lcm_jax import lora
 from lcm_jax.checkpoint import open_model
-from lcm_jax.data import EMOJI
+from lcm_jax.data.emoji import EMOJI
 from lcm_jax.lora_files.files import write_lora
 
 torch.set_num_threads(1)  # the reference models are tiny; waiting for threads costs more

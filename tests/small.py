@@ -11,7 +11,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from lcm_jax.data import EMOJI
+from lcm_jax.data.emoji import EMOJI
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNetSpec
 

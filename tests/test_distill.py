@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lcm_jax import lora, samplers, weights
+from lcm_jax import lora, weights
 from lcm_jax.diffusion import schedule
-from lcm_jax.distill import DISTANCES, Draws, consistency, draw, lcm_loss
+from lcm_jax.distill import DISTANCES, Draws, Nets, Noise, consistency, draw, lcm, w_range
 from lcm_jax.errors import InputError
 from lcm_jax.models import configs
 from lcm_jax.models.shapes import unet_shapes
@@ -103,17 +103,15 @@ def ours(kind, distance):
 
     def loss(student, target):
         nets = (lora.apply(teacher, ab, ALPHA / RANK) for ab in (student, target))
-        return lcm_loss(
-            *nets,
-            teacher,
+        return lcm(
+            Nets(*nets, teacher),
             batch,
             draws,
-            schedule(),
-            solver=samplers.ddim(),
-            kind=kind,
+            Noise(schedule(), kind),
+            solver='ddim',
             distance=distance,
             huber_c=HUBER_C,
-        )
+        ).mean()
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -268,16 +266,15 @@ def test_no_gradient_reaches_the_target():
         return lambda z, t, context: scale * jnp.tanh(z + context.mean())
 
     def loss(student, target, teacher):
-        return lcm_loss(
-            *map(net, (student, target, teacher)),
+        return lcm(
+            Nets(*map(net, (student, target, teacher))),
             batch,
             draws,
-            schedule(),
-            solver=samplers.ddim(),
-            kind='epsilon',
+            Noise(schedule(), 'epsilon'),
+            solver='dpm',
             distance='l2',
             huber_c=0,
-        )
+        ).mean()
 
     student, target, teacher = jax.jit(jax.grad(loss, (0, 1, 2)))(1.0, 1.0, 1.0)
     assert student != 0 and target == 0 and teacher == 0
@@ -330,6 +327,26 @@ def test_solver_steps_out_of_range_are_refused(steps):
         drawn(np.arange(2), steps=steps)
 
 
-def test_an_unknown_distance_is_refused():
-    with pytest.raises(InputError, match=r"unknown distance 'hubert' \(did you mean 'huber'\?\)"):
-        lcm_loss(*[None] * 6, solver=None, kind='epsilon', distance='hubert', huber_c=0)
+def test_unknown_names_are_refused():
+    nets, noise = Nets(None, None, None), Noise(schedule(), 'epsilon')
+    for changes, said in (
+        ({'distance': 'hubert'}, r"unknown distance 'hubert' \(did you mean 'huber'\?\)"),
+        ({'solver': 'euler'}, "unknown solver 'euler'; one of: ddim, dpm, dpm\\+\\+"),
+    ):
+        with pytest.raises(InputError, match=said):
+            lcm(
+                nets,
+                {},
+                None,
+                noise,
+                **{'distance': 'l2', 'solver': 'ddim', 'huber_c': 0, **changes},
+            )
+
+
+def test_guidance_ranges():
+    assert (
+        w_range('paper') == (2, 14) and w_range('7.5') == (7.5, 7.5) and w_range('3:15') == (3, 15)
+    )
+    for bad in ('', 'papers', '5:3', '-1:3', 'nan', '1:2:3'):
+        with pytest.raises(InputError, match='give W, LOW:HIGH or one of paper, report, script'):
+            w_range(bad)

@@ -14,25 +14,34 @@ LAYERS = [
     line.split()
     for line in """
     errors original
-    tree diffusion data flops text tensors hub metrics grid models.flash
-    models.attention
+    tree diffusion data.samples data.settings data.order flops hlo text tensors hub metrics grid models.flash
+    data.files models.attention
+    data.tars
+    data.emoji data.folders
+    data.emoji_tfds
+    data.records
+    data.cache
+    data.sources
     weights orbax_io lora samplers sharding models.layers
     models.clip models.unet models.vae
     models.tiny
     models.configs models.shapes models.zoo distill loop lora_files.dialects conditioning images
+    data.pictures
+    data.loader
+    data.cache_fill data.check
     infer lora_files.family lora_files.algebra lora_files.peft_config
     single lora_files.methods lora_files.programs
     lora_files.files lora_files.describe
-    checkpoint scheduler families adapters draw plan
+    checkpoint scheduler families adapters draw
     request
-    pipeline
+    pipeline plan
     lcm_jax train convert lora_files.verbs
     evaluate
-    demo lora_cli
+    demo lora_cli data_cli plan_cli
     cli
 """.strip().splitlines()
 ]
-PACKAGES = 'models', 'lora_files'
+PACKAGES = 'data', 'models', 'lora_files'
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 NEVER = {'torch', 'torchvision', 'tensorflow', 'diffusers', 'peft', 'accelerate'}

@@ -17,9 +17,10 @@ from conftest import randomise
 from PIL import Image
 
 import lcm_jax
-from lcm_jax import data, lora, samplers, train
+from lcm_jax import lora, samplers, train
 from lcm_jax import pipeline as module
 from lcm_jax.convert import convert
+from lcm_jax.data.emoji import Sample
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels
 from lcm_jax.lora_files.files import write_lora
@@ -342,7 +343,7 @@ def test_adapters_reach_the_text_encoders(both):
 def test_training_is_told_what_drawing_is(both):
     """The conditions of SDXL in a training set; the loss takes them."""
     ours, _ = both('sdxl')
-    samples = [data.Sample(p, np.asarray(picture(i, 16, 16)), p) for i, p in enumerate(PROMPTS)]
+    samples = [Sample(p, np.asarray(picture(i, 16, 16)), p) for i, p in enumerate(PROMPTS)]
     cache = train.encode(ours, samples)
     want = ours.encode_text(PROMPTS)
     for name in ('context', 'pooled'):

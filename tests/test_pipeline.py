@@ -14,7 +14,7 @@ from conftest import random_lora, write_random_lora
 
 from lcm_jax import adapters, conditioning, samplers
 from lcm_jax import pipeline as module
-from lcm_jax.data import EMOJI
+from lcm_jax.data.emoji import EMOJI
 from lcm_jax.draw import draw
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels

@@ -5,7 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from lcm_jax import data, demo, lora, metrics, train
+from lcm_jax import demo, lora, metrics, train
+from lcm_jax.data.emoji import emoji
 from lcm_jax.errors import InputError
 from lcm_jax.lora_files.files import read_lora, write_lora
 from lcm_jax.pipeline import Pipeline
@@ -20,7 +21,7 @@ def teacher():
 
 @pytest.fixture(scope='module')
 def cache(teacher):
-    return train.encode(teacher, data.emoji('heldout', ('noto',)))
+    return train.encode(teacher, emoji('heldout', ('noto',)))
 
 
 def run(teacher, cache, workdir, steps, **changes):
@@ -106,7 +107,7 @@ def test_demo_writes_everything(monkeypatch, tmp_path, capsys):
 
 def test_shipped_models_reach_their_figures():
     """The floor under the model card's figures, on fewer pictures: a broken weight file cannot pass."""
-    samples = data.emoji('train', ('noto', 'twemoji'))[::26][:110]
+    samples = emoji('train', ('noto', 'twemoji'))[::26][:110]
     captions = [s.caption for s in samples]
     pipe = Pipeline.load('emoji')
     from lcm_jax.evaluate import Features

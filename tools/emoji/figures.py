@@ -9,7 +9,7 @@ they were trained on and on held-out ones, as many of each as there are held-out
 import jax
 import numpy as np
 
-from lcm_jax import data
+from lcm_jax.data.emoji import emoji, to_float
 from lcm_jax.demo import GUIDANCE
 from lcm_jax.evaluate import Cell, Features, markdown, table
 from lcm_jax.models.vae import VAE
@@ -22,7 +22,7 @@ def reconstruction(pipe, pictures):
     vae = jax.jit(
         lambda x: VAE(pipe.specs['vae']).apply({'params': pipe.params['vae']}, x).clip(-1, 1)
     )
-    x = data.to_float(pictures)
+    x = to_float(pictures)
     return float(np.mean(10 * np.log10(4 / np.mean((batched(vae, x) - x) ** 2, (1, 2, 3)))))
 
 
@@ -33,10 +33,10 @@ def main():
         Cell('teacher, DDIM 50', teacher, 'ddim', 50, GUIDANCE),
         Cell('LCM-LoRA, 4 steps', fast, 'lcm', 4, 1.0),
     ]
-    everything = data.emoji('heldout')
+    everything = emoji('heldout')
     psnr = reconstruction(teacher, np.stack([s.picture for s in everything]))
     print(f'VAE, {len(everything)} held-out pictures of three styles: {psnr:.2f} dB\n')
-    train, heldout = (data.emoji(split, ('noto', 'twemoji')) for split in ('train', 'heldout'))
+    train, heldout = (emoji(split, ('noto', 'twemoji')) for split in ('train', 'heldout'))
     pick = np.random.default_rng(0).permutation(len(train))[: 2 * len(heldout)]
     mine, other = ([train[i] for i in part] for part in np.split(pick, 2))
     for name, samples in (('training', mine), ('held-out', heldout)):

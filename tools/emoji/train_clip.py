@@ -18,7 +18,9 @@ import numpy as np
 import optax
 from captions import variant
 
-from lcm_jax import data, loop, metrics, weights
+from lcm_jax import loop, metrics, weights
+from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.order import shuffled
 from lcm_jax.models.clip import ImageEncoder, TextEncoder, TextSpec, VisionSpec
 from lcm_jax.models.configs import text_config, vision_config
 from lcm_jax.tensors import write_tensors
@@ -92,13 +94,13 @@ def main():
 
     tokenizer = Tokenizer(out / 'tokenizer')
     spec = text_spec(len(tokenizer.tokenizer))
-    train, heldout = data.emoji('train'), data.emoji('heldout')
+    train, heldout = emoji('train'), emoji('heldout')
     pictures = np.stack([s.picture for s in train])
-    indices = data.shuffled(len(train), args.batch, 0)
+    indices = shuffled(len(train), args.batch, 0)
 
     def batch_at(i):
         rng, at = np.random.default_rng((1, i)), indices(i)
-        return data.to_float(pictures[at]), tokenizer([variant(train[j].caption, rng) for j in at])
+        return to_float(pictures[at]), tokenizer([variant(train[j].caption, rng) for j in at])
 
     x, ids = batch_at(0)
     keys = jax.random.split(jax.random.key(0))
@@ -114,9 +116,7 @@ def main():
     def report(i, state, writer):
         for name, samples in (('train', train[::16]), ('heldout', heldout)):
             found = metrics.retrieval(
-                np.asarray(
-                    images(state.ema, data.to_float(np.stack([s.picture for s in samples])))
-                ),
+                np.asarray(images(state.ema, to_float(np.stack([s.picture for s in samples])))),
                 np.asarray(texts(state.ema, tokenizer([s.caption for s in samples]))),
             )
             writer.add_scalar(f'retrieval_{name}', found, i)

@@ -18,9 +18,11 @@ import optax
 from captions import variant
 from PIL import Image
 
-from lcm_jax import data, loop, weights
+from lcm_jax import loop, weights
 from lcm_jax.checkpoint import open_folder
 from lcm_jax.conditioning import encode_text
+from lcm_jax.data.emoji import emoji
+from lcm_jax.data.order import shuffled
 from lcm_jax.diffusion import alpha_sigma, schedule
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
@@ -120,7 +122,7 @@ def encoded(folder):
     parts = open_folder(folder)
     vae, vae_params = parts.spec('vae'), parts.load('vae')
     text, text_params = parts.spec('text_encoder'), parts.load('text_encoder')
-    samples, rng = data.emoji('train', STYLES), np.random.default_rng(0)
+    samples, rng = emoji('train', STYLES), np.random.default_rng(0)
     tokenizer = parts.tokenizer()
 
     def read(captions):
@@ -169,7 +171,7 @@ def main():
     vae, text, frozen = encoded(folder)
     n = len(frozen[0])
     spec = spec_for(text.width, vae.latent_channels)
-    indices = data.shuffled(n, args.batch, 0)
+    indices = shuffled(n, args.batch, 0)
 
     def batch_at(i):
         return indices(i), np.random.default_rng((1, i)).integers(0, VARIANTS, args.batch)

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lcm_jax import data, loop, weights
+from lcm_jax import loop, weights
 from lcm_jax.checkpoint import open_folder
+from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.order import shuffled
 from lcm_jax.models.configs import vae_config
 from lcm_jax.models.vae import VAE, VAESpec
 from lcm_jax.tensors import write_tensors
@@ -80,12 +82,12 @@ def main():
     parser.add_argument('--lr', type=float, default=1.5e-3)
     args = parser.parse_args()
 
-    pictures = np.stack([s.picture for s in data.emoji('train')])
-    heldout = data.to_float(np.stack([s.picture for s in data.emoji('heldout')]))
-    indices = data.shuffled(len(pictures), args.batch, 0)
+    pictures = np.stack([s.picture for s in emoji('train')])
+    heldout = to_float(np.stack([s.picture for s in emoji('heldout')]))
+    indices = shuffled(len(pictures), args.batch, 0)
 
     def batch_at(i):
-        return data.to_float(augment(pictures[indices(i)], np.random.default_rng((1, i))))
+        return to_float(augment(pictures[indices(i)], np.random.default_rng((1, i))))
 
     out = Path(args.out)
     if args.decoder_only:
@@ -119,7 +121,7 @@ def main():
     params = {**state.ema, **frozen}
     if spec is None:  # the encoder is new: measure the scale of its latents
         encode = jax.jit(lambda p, x: VAE(SPEC).apply({'params': p}, x, method='encode')[0])
-        std = float(np.std(batched(partial(encode, params), data.to_float(pictures[::4]))))
+        std = float(np.std(batched(partial(encode, params), to_float(pictures[::4]))))
         spec = dataclasses.replace(SPEC, scaling_factor=round(1 / std, 5))
     write_tensors(
         out / 'diffusion_pytorch_model.safetensors', weights.dump(cast(params, jnp.float16))

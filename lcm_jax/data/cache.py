@@ -1,0 +1,142 @@
+"""Latents and text embeddings in array_record files, so that training need not encode them again.
+
+Each process writes `part-PPPPP-of-QQQQQ`: .array_record holds the samples, each the bytes of its
+arrays one after the other; .npz their names, buckets and numbers in the source; .json, written last,
+says the model, the resolution, the shapes and the types. A part without its .json is not complete.
+"""
+
+import functools
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401 - so that numpy knows 'bfloat16'
+import numpy as np
+
+from lcm_jax.data.records import UNREADABLE, reader
+from lcm_jax.data.samples import SCORES, Broken, Index, describe
+from lcm_jax.errors import InputError
+
+PART = re.compile(r'part-(\d{5})-of-(\d{5})\.json')
+SAME = ('version', 'model', 'resolution', 'shapes', 'arrays')  # what all parts agree on
+
+
+class Writer:
+    """Writes one process's part: add(...) samples, then close(...). Raises InputError if it is there.
+
+    head: {'model', 'resolution', 'shapes'}, where shapes are the buckets' (height, width) in px.
+    """
+
+    def __init__(self, folder, head, process=0, processes=1):
+        self.stem = Path(folder) / f'part-{process:05d}-of-{processes:05d}'
+        if self.stem.with_suffix('.json').exists():
+            raise InputError(f'{self.stem}.json exists: the cache is written already')
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
+        file = self.stem.with_suffix('.array_record')
+        file.unlink(missing_ok=True)
+        self.records = ArrayRecordWriter(str(file), 'group_size:1,uncompressed')
+        self.head = {'version': 1, **head, 'arrays': {}}
+        self.names, self.rows = [], []
+
+    def add(self, name, number, bucket, size, arrays):
+        """One sample: its name and number in the source, its bucket, the picture's (height, width)."""
+        for key, x in arrays.items():
+            said = self.head['arrays'].setdefault(key, {'dtype': str(x.dtype), 'shapes': {}})
+            shape = said['shapes'].setdefault(str(bucket), list(x.shape))
+            if [str(x.dtype), list(x.shape)] != [said['dtype'], shape]:
+                raise ValueError(f'{key} of {name}: {x.dtype} {x.shape}; it was {said}')
+        if arrays.keys() != self.head['arrays'].keys():
+            raise ValueError(f'{name} has {[*arrays]}; it was {[*self.head["arrays"]]}')
+        self.records.write(b''.join(x.tobytes() for x in arrays.values()))
+        self.names.append(name)
+        self.rows.append((number, bucket, *size))
+
+    def close(self, dropped):
+        """Complete the part. dropped: {reason: count} of the samples that are not in it."""
+        self.records.close()
+        rows = np.array(self.rows, np.int64).reshape(-1, 4)
+        np.savez(self.stem.with_suffix('.npz'), names=json.dumps(self.names), rows=rows)
+        said = self.head | {'samples': len(rows), 'dropped': dropped}
+        part = self.stem.with_suffix('.part')
+        part.write_text(json.dumps(said, indent=1) + '\n', encoding='utf-8')
+        os.replace(part, self.stem.with_suffix('.json'))
+
+
+def open_cache(folder, resolution, model=None):
+    """-> Index in the source's order, fetch(place) -> {name: array}, header.
+
+    Raises InputError if a part is missing or not complete, and for a cache that was made at another
+    resolution or, where `model` is given, by another model.
+    """
+    stems, head = parts_of(Path(folder))
+    for key, asked in (('model', model), ('resolution', resolution)):
+        if asked is not None and head[key] != asked:
+            raise InputError(f'cache:{folder} is of {key} {head[key]!r}; this run has {asked!r}')
+    names, rows = [], []
+    for i, stem in enumerate(stems):
+        with np.load(stem.with_suffix('.npz')) as got:
+            part = got['rows']
+            names += json.loads(str(got['names']))
+        files = np.full(len(part), i)
+        rows.append(np.column_stack([files, np.arange(len(part)), part]))
+    rows = np.concatenate(rows)
+    order = np.argsort(rows[:, 2], kind='stable')
+    rows = rows[order]
+    sizes, scores = rows[:, 4:].astype(np.int32), np.full((len(rows), len(SCORES)), np.nan)
+    places = rows[:, [0, 1, 3]]  # file, record, bucket
+    index = Index([names[i] for i in order], sizes, sizes, scores, places)
+    paths = [str(stem.with_suffix('.array_record')) for stem in stems]
+    return index, functools.partial(fetch, paths, head['arrays']), head
+
+
+def parts_of(folder):
+    """-> [path without suffix], what their headers say, as one. Raises InputError."""
+    names = sorted(p.name for p in folder.glob('part-*') if folder.is_dir())
+    found = [PART.fullmatch(name) for name in names]
+    totals = {int(m[2]) for m in found if m}
+    if len(totals) != 1:
+        what = 'caches of different numbers of processes' if totals else 'no complete cache'
+        raise InputError(f'cache:{folder}: {what}; it has {", ".join(names) or "nothing"}')
+    total = totals.pop()
+    stems = [folder / f'part-{i:05d}-of-{total:05d}' for i in range(total)]
+    heads = []
+    for stem in stems:
+        try:
+            heads.append(json.loads(stem.with_suffix('.json').read_text(encoding='utf-8')))
+        except FileNotFoundError as e:
+            raise InputError(
+                f'cache:{folder} is not complete: {stem.name} has not been written to its end'
+            ) from e
+        except (OSError, ValueError) as e:
+            raise InputError(f'cannot read {stem}.json: {describe(e)}') from e
+    filled = [head for head in heads if head['samples']] or heads[:1]
+    for head in filled[1:]:
+        for name, said in head['arrays'].items():  # a part may lack a bucket that another has
+            mine = filled[0]['arrays'].get(name, {'shapes': {}})
+            mine['shapes'] = said['shapes'] = mine['shapes'] | said['shapes']
+        if any(head[key] != filled[0][key] for key in SAME):
+            raise InputError(f'cache:{folder}: its parts were made by different runs')
+    dropped = {}
+    for head in heads:
+        for reason, n in head['dropped'].items():
+            dropped[reason] = dropped.get(reason, 0) + n
+    return stems, filled[0] | {'samples': sum(h['samples'] for h in heads), 'dropped': dropped}
+
+
+def fetch(paths, arrays, place):
+    """-> {name: array} of one sample. Raises Broken."""
+    file, number, bucket = place.tolist()
+    try:
+        record = reader(paths[file])[number]
+        out, at = {}, 0
+        for name, said in arrays.items():
+            dtype, shape = np.dtype(said['dtype']), said['shapes'][str(bucket)]
+            out[name] = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
+            at += out[name].nbytes
+    except UNREADABLE as e:
+        raise Broken('record cannot be read', describe(e)) from e
+    return out

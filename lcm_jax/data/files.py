@@ -1,0 +1,150 @@
+"""Files here and elsewhere: patterns, reading by offset, and indexes that are kept."""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from lcm_jax.data.samples import Broken, Index, describe
+from lcm_jax.errors import InputError
+
+VERSION = 1  # of the kept indexes
+KEEP_AFTER = 1.0  # seconds that an index must have taken to be worth keeping
+LISTS = ('names', 'broken', 'cut', 'repeats', 'files')  # columns that are no arrays
+CHANGES = ('size', 'mtime', 'etag', 'ETag', 'LastModified', 'updated', 'created')
+
+
+def remote(url):
+    return '://' in url
+
+
+def expand(pattern):
+    """A path or url with {00000..00041}, {a,b} and * ? [] -> sorted urls; none is an InputError."""
+    urls = []
+    for each in braces(pattern):
+        if not any(c in each for c in '*?['):
+            urls.append(each)
+            continue
+        try:
+            fs, path = fsspec.core.url_to_fs(each)
+            urls += [fs.unstrip_protocol(p) if remote(each) else p for p in sorted(fs.glob(path))]
+        except (OSError, ValueError, ImportError) as e:
+            raise InputError(f'{each}: {describe(e)}') from e
+    if not urls:
+        raise InputError(f'no file matches {pattern}')
+    return urls
+
+
+def braces(pattern):
+    """'{08..10}.tar' -> 08.tar, 09.tar, 10.tar; '{a,b}.tar' -> a.tar, b.tar; from left to right."""
+    found = re.search(r'\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}', pattern)
+    if not found:
+        return [pattern]
+    first, last, words = found.groups()
+    if words is None:
+        words = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    else:
+        words = words.split(',')
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [head + word + rest for word in words for rest in braces(tail)]
+
+
+@functools.lru_cache(256)
+def handle(path):
+    """An open file; it is closed when it falls out of the cache and its last reader is done."""
+    return open(path, 'rb', buffering=0)
+
+
+def read_range(url, offset, size):
+    """`size` bytes of a file from `offset` on. Raises Broken."""
+    try:
+        if remote(url):
+            fs, path = fsspec.core.url_to_fs(url)
+            got = fs.cat_file(path, start=offset, end=offset + size)
+        else:
+            got = os.pread(handle(url).fileno(), size, offset)
+    except (OSError, ValueError) as e:
+        raise Broken('file cannot be read', describe(e)) from e
+    if len(got) != size:
+        raise Broken('file cannot be read', f'{len(got)} of {size} bytes at {offset}')
+    return got
+
+
+def gather(urls, index_one, caption, threads):
+    """The indexes of files, as one. Each row's place is its file's number, then the file's own.
+
+    index_one(url, caption) -> Index; what takes long is kept in `cache_folder()` for the next time,
+    by the file's size and date.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(lambda url: kept(url, index_one, caption), urls))
+    names, broken = [], []
+    for url, part in zip(urls, parts, strict=True):
+        short = url.rsplit('/', 1)[-1]
+        names += [f'{short}/{name}' for name in part.names]
+        broken += [(f'{short}/{name}', *rest) for name, *rest in part.broken]
+    filled = [(i, part) for i, part in enumerate(parts) if part.names]
+    return Index(
+        names,
+        *(
+            np.concatenate([getattr(part, column) for _, part in filled] or [np.zeros((0, width))])
+            for column, width in (('sizes', 2), ('original', 2), ('scores', 3))
+        ),
+        np.concatenate(
+            [np.insert(part.places, 0, i, axis=1) for i, part in filled]
+            or [np.zeros((0, 1), np.int64)]
+        ),
+        broken,
+        [cut for part in parts for cut in part.cut],
+        sum(part.repeats for part in parts),
+        len(urls),
+    )
+
+
+def cache_folder():
+    """Where indexes are kept: lcm_jax/index under $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'lcm_jax' / 'index'
+
+
+def kept(url, index_one, caption):
+    """index_one(url, caption), from the cache if it has that. Raises InputError for no file."""
+    try:
+        fs, path = fsspec.core.url_to_fs(url)
+        info = fs.info(path)
+    except (OSError, ValueError, ImportError) as e:
+        raise InputError(f'cannot open {url}: {describe(e)}') from e
+    said = {key: str(info[key]) for key in CHANGES if key in info}
+    key = json.dumps([VERSION, index_one.__module__, fs.unstrip_protocol(path), caption, said])
+    file = cache_folder() / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz'
+    try:
+        with np.load(file) as got:
+            lists = json.loads(str(got['lists']))
+            columns = {c: got[c] for c in Index._fields if c not in LISTS}
+            return Index(**lists, **columns)
+    except (OSError, ValueError, KeyError, EOFError):  # not there, or not whole
+        pass
+    start = time.monotonic()
+    index = index_one(url, caption)
+    if time.monotonic() - start >= KEEP_AFTER:
+        keep(file, index)
+    return index
+
+
+def keep(file, index):
+    """Write an index; it appears whole. A folder that cannot be written is no reason to stop."""
+    columns = index._asdict()
+    lists = {c: columns.pop(c) for c in LISTS}
+    part = file.with_name(f'.part-{os.getpid()}-{file.name}')
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(part, lists=json.dumps(lists), **columns)
+        os.replace(part, file)
+    except OSError:
+        pass

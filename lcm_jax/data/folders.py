@@ -1,0 +1,115 @@
+"""A folder of pictures with captions, and pictures made up."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row
+from lcm_jax.data.tars import PICTURES, metadata
+from lcm_jax.errors import InputError
+
+COLORS = {
+    **{'red': (214, 40, 40), 'green': (46, 139, 87), 'blue': (38, 84, 180)},
+    **{'yellow': (250, 209, 60), 'black': (20, 20, 20), 'white': (250, 250, 250)},
+}
+
+
+def open_folder(folder, caption):
+    """A folder and those within -> Index, fetch(place).
+
+    Captions are in NAME.txt beside NAME.png (or NAME.json, where `caption` is a field of it), or in
+    metadata.jsonl with file_name and text (Hugging Face's `imagefolder`).
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f'folder:{folder}: there is no such folder')
+    table = metadata_table(root)
+    files = [p for p in sorted(root.rglob('*')) if p.suffix.lower()[1:] in PICTURES]
+    names = [p.relative_to(root).as_posix() for p in files]
+    rows = []
+    broken = [
+        (name, 'no picture', 'metadata.jsonl names it') for name in table if name not in {*names}
+    ]
+    for i, (name, file) in enumerate(zip(names, files, strict=True)):
+        try:
+            parts, meta = beside(file, table.get(name, {}), caption)
+            with open(file, 'rb') as picture:
+                rows.append(row(name, (i,), picture, parts, meta, caption))
+        except Broken as e:
+            broken.append((name, e.reason, e.detail))
+        except OSError as e:
+            broken.append((name, 'file cannot be read', describe(e)))
+    return index_of(rows, broken), Folder(files, names, table, caption)
+
+
+class Folder:
+    """fetch(place) -> Raw. Raises Broken."""
+
+    def __init__(self, files, names, table, caption):
+        self.files, self.names, self.table, self.caption = files, names, table, caption
+
+    def __call__(self, place):
+        i = int(place[0])
+        try:
+            parts, meta = beside(self.files[i], self.table.get(self.names[i], {}), self.caption)
+            picture = self.files[i].read_bytes()
+        except OSError as e:
+            raise Broken('file cannot be read', describe(e)) from e
+        return Raw(picture, captions_of(self.caption, parts, meta))
+
+
+def beside(file, meta, caption):
+    """What is said of a picture -> {extension: bytes}, metadata. Raises Broken, OSError."""
+    text, table = file.with_suffix(f'.{caption}'), file.with_suffix('.json')
+    parts = {caption: text.read_bytes()} if text.is_file() else {}
+    return parts, meta | (metadata(table.read_bytes()) if table.is_file() else {})
+
+
+def metadata_table(root):
+    """metadata.jsonl of a folder -> {file name: dict}; {} if there is none. Raises InputError."""
+    file = root / 'metadata.jsonl'
+    if not file.is_file():
+        return {}
+    table = {}
+    for number, line in enumerate(file.read_text(encoding='utf-8', errors='replace').splitlines()):
+        try:
+            if line.strip():
+                said = json.loads(line)
+                table[said['file_name']] = said
+        except (ValueError, TypeError, KeyError) as e:
+            raise InputError(
+                f'{file}:{number + 1}: not a JSON object with file_name: {describe(e)}'
+            ) from e
+    return table
+
+
+def open_synthetic(count, resolution, seed):
+    """'N' -> Index, fetch(place): N discs on plain grounds, from `resolution` to 1.5 times that."""
+    if not count.isdigit() or not int(count):
+        raise InputError(f'synthetic:{count}: write synthetic:N, N pictures')
+    sizes = np.random.default_rng((seed, 0)).integers(
+        resolution, resolution * 3 // 2 + 1, (int(count), 2)
+    )
+    rows = [
+        (f'{i:08d}', size, size, (np.nan,) * 3, (i, *size)) for i, size in enumerate(sizes.tolist())
+    ]
+    return index_of(rows), Synthetic(seed)
+
+
+class Synthetic:
+    """fetch(place) -> Raw."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __call__(self, place):
+        i, height, width = place.tolist()
+        rng = np.random.default_rng((self.seed, 1, i))
+        disc, ground = rng.choice(list(COLORS), 2, replace=False)
+        y, x = (rng.uniform(0.3, 0.7) * n for n in (height, width))
+        radius = rng.uniform(0.1, 0.3) * min(height, width)
+        rows, columns = np.ogrid[:height, :width]
+        inside = (rows - y) ** 2 + (columns - x) ** 2 < radius**2
+        picture = np.where(inside[..., None], np.uint8(COLORS[disc]), np.uint8(COLORS[ground]))
+        return Raw(picture, (f'a {disc} disc on {ground}',))

@@ -1,0 +1,165 @@
+"""Sources -> batches, by grain: deterministic, and resumable at any step."""
+
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from lcm_jax.data.order import Order
+from lcm_jax.data.pictures import draw, nearest, prepare, shapes
+from lcm_jax.data.samples import Broken, Drops, decode
+from lcm_jax.errors import InputError
+
+TRIES = 100  # samples for one row, before the source is given up
+FEW = 10  # broken samples that say nothing about their share yet
+FOREVER = 1 << 40  # steps
+
+
+class Batch(NamedTuple):
+    """Some rows of one step. arrays: {name: [b, ...]}, see `loader`; names [b] of the samples."""
+
+    arrays: dict
+    names: list
+
+
+def groups(source, settings):
+    """The samples of each bucket -> [((height, width), ids)], none empty."""
+    if source.encoded:
+        table = source.encoded['shapes']
+        bucket = source.index.places[source.ids, -1]
+    elif settings.buckets:
+        table = shapes(settings.resolution)
+        bucket = nearest(source.sizes, table)
+    else:
+        table, bucket = [(settings.resolution,) * 2], np.zeros(len(source), int)
+    found = [(tuple(shape), np.flatnonzero(bucket == i)) for i, shape in enumerate(table)]
+    return [(shape, ids) for shape, ids in found if len(ids)]
+
+
+class Maker:
+    """Makes any rows of any step, by itself: what threads and worker processes run."""
+
+    def __init__(self, source, tokenizers, settings, batch, rows):
+        self.source, self.tokenizers, self.settings = source, tokenizers, settings
+        self.shapes, ids = zip(*groups(source, settings), strict=True)
+        self.order, self.rows = Order(ids, batch, settings.seed), rows
+
+    def sample(self, i, step, row, shape):
+        """-> arrays of one sample, and its caption if it is still to be read. Raises Broken."""
+        if self.source.encoded:
+            return self.source.read(i), None
+        raw = self.source.read(i)
+        drawn = draw(self.settings.seed, step, row, self.settings)
+        pixels, sizes = prepare(decode(raw.picture), self.source.original(i), shape, drawn)
+        caption = raw.captions[int(drawn.caption * len(raw.captions))]
+        return {'pixels': pixels, 'sizes': sizes}, caption
+
+    def tokens(self, captions):
+        """-> ids [b,E,L] int32, and how many captions were cut."""
+        read = [tokenizer.cut(captions) for tokenizer in self.tokenizers]
+        too_long = [
+            lengths > t.length for t, (_, lengths) in zip(self.tokenizers, read, strict=True)
+        ]
+        return np.stack([ids for ids, _ in read], 1), int(np.any(too_long, 0).sum())
+
+    def slot(self, step, row, i, bucket, broken):
+        """The sample of one row; one that is broken is noted and replaced -> name, arrays, caption."""
+        for attempt in range(1, TRIES + 1):
+            name = self.source.sample_name(i)
+            try:
+                return name, *self.sample(i, step, row, self.shapes[bucket])
+            except Broken as e:
+                broken.append((e.reason, name, e.detail))
+            i = self.order.substitute(bucket, step, row, attempt)
+        drops = Drops()
+        for one in broken:
+            drops.add(*one)
+        raise InputError(f'{self.source.name}: {TRIES} broken samples one after the other: {drops}')
+
+    def step(self, step):
+        """-> (arrays, names, [(reason, name, detail)] of the broken, captions cut)."""
+        bucket, ids = self.order(step)
+        broken = []
+        slots = [self.slot(step, row, ids[row], bucket, broken) for row in self.rows]
+        names, parts, captions = zip(*slots, strict=True)
+        arrays = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
+        arrays['row'] = np.array(self.rows, np.int32)
+        cut = 0
+        if self.tokenizers and captions[0] is not None:
+            arrays['ids'], cut = self.tokens(captions)
+        return arrays, list(names), broken, cut
+
+
+class Loader:
+    """Iterator of Batches. Counts what it has given out: `loaded`, `truncated`, `broken` (Drops).
+
+    `order` is its `Order`, `shapes` the (height, width) in px of each bucket.
+    """
+
+    def __init__(self, maker, start):
+        self.maker, self.settings = maker, maker.settings
+        self.order, self.shapes = maker.order, maker.shapes
+        self.loaded, self.truncated, self.broken = 0, 0, Drops()
+        self.steps = iterate(maker.step, range(start, FOREVER), self.settings)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        """Raises InputError with the table if too large a share of the samples is broken."""
+        arrays, names, broken, cut = next(self.steps)
+        for one in broken:
+            self.broken.add(*one)
+        self.loaded += len(names)
+        self.truncated += cut
+        share = len(self.broken) / (self.loaded + len(self.broken))
+        if len(self.broken) >= FEW and share > self.settings.max_dropped:
+            raise InputError(
+                f'{self.maker.source.name}: {len(self.broken)} of {self.loaded + len(self.broken)} '
+                f'samples were broken, more than max_dropped = {self.settings.max_dropped} of them: '
+                f'{self.broken}'
+            )
+        return Batch(arrays, names)
+
+    def close(self):
+        """Stop the threads and the workers."""
+        self.steps.close()
+
+
+def loader(source, tokenizers, settings, *, batch, rows=None, start=0):
+    """A Source -> Loader of its batches from step `start` on.
+
+    tokenizers: a `text.Tokenizer` for each text encoder; batch: samples of a step over all processes;
+    rows: those of them that this process loads (default: all). A Batch's arrays are numpy, with b
+    rows:
+
+        row     [b] int32           the row's number in the whole batch
+        pixels  [b,h,w,3] uint8
+        ids     [b,E,L] int32       captions that are too long are cut, and counted
+        sizes   [b,6] float32       see `conditioning.micro_conditioning`
+
+    A cache gives row, sizes and what is in it in place of pixels and ids: mean and logvar [b,h,w,C],
+    context [b,L,D], and pooled [b,P] where the model has that.
+
+    All of it is a function of the source, the settings, the batch and the step: not of the processes,
+    threads, workers, or of where the run started. A broken sample is counted, and replaced by another
+    of its bucket, chosen by seed, step, row and attempt. Raises InputError if the batch exceeds the
+    source.
+    """
+    rows = np.arange(batch) if rows is None else np.asarray(rows)
+    return Loader(Maker(source, tuple(tokenizers), settings, batch, rows), start)
+
+
+def iterate(function, numbers, settings):
+    """function over a range of numbers, ahead of time, by settings.threads and settings.workers."""
+    made = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(function)
+    ahead = grain.ReadOptions(
+        num_threads=settings.threads, prefetch_buffer_size=settings.threads + 1
+    )
+    made = made.to_iter_dataset(ahead)
+    if settings.workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads its own, which are left as they are
+        made = made.mp_prefetch(grain.MultiprocessingOptions(settings.workers))
+    return iter(made)

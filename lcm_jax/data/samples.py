@@ -1,0 +1,169 @@
+"""What a source holds: samples, their index, and a count of those that are left out."""
+
+import io
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+ORIENTATION = 274  # EXIF tag; 5..8 are turned by a quarter
+SCORES = {'watermark': 'pwatermark', 'aesthetic': 'aesthetic', 'unsafe': 'punsafe'}  # LAION's names
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
+    Image.DecompressionBombError,
+)  # what PIL raises for files that are no good pictures
+
+
+class Raw(NamedTuple):
+    """One sample as it is stored."""
+
+    picture: bytes | np.ndarray  # an encoded file, or [H,W,3] uint8
+    captions: tuple[str, ...]  # one at least, none empty
+
+
+class Index(NamedTuple):
+    """What is known of a source's N samples without decoding them."""
+
+    names: list  # [N] str
+    sizes: np.ndarray  # [N,2] int32, (height, width) in px
+    original: np.ndarray  # [N,2] int32, the same before the set's makers resized it
+    scores: np.ndarray  # [N,3] float32 in the order of SCORES; nan where nothing is said
+    places: np.ndarray  # [N,k] int64, where the source finds the sample
+    broken: list = []  # [(name, reason, detail)] of samples that cannot be used
+    cut: list = []  # [(file, why)] of files that could not be read to their end
+    repeats: int = 0  # samples whose key came before in the same file
+    files: int = 1
+
+
+class Broken(Exception):
+    """A sample that cannot be used; `reason` is what it is counted under."""
+
+    def __init__(self, reason, detail=''):
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class Drops:
+    """Samples left out, counted by reason, each with its first example."""
+
+    def __init__(self):
+        self.counts, self.first = {}, {}
+
+    def add(self, reason, name, detail='', n=1):
+        """n samples, of which `name` is the first."""
+        self.counts[reason] = self.counts.get(reason, 0) + n
+        self.first.setdefault(reason, f'{name}: {detail}' if detail else name)
+
+    def __len__(self):
+        return sum(self.counts.values())
+
+    def __str__(self):
+        """One reason: one line; more of them: a table, a line each."""
+        order = sorted(self.counts, key=self.counts.get, reverse=True)
+        rows = [f'{self.counts[r]:,} {r} (first: {self.first[r]})' for r in order]
+        return rows[0] if len(rows) == 1 else ''.join(f'\n  {row}' for row in rows)
+
+
+def index_of(rows, broken=(), cut=(), repeats=0):
+    """[(name, size, original, scores, place)] -> Index."""
+    names, sizes, original, scores, places = zip(*rows, strict=True) if rows else ((),) * 5
+    return Index(
+        list(names),
+        np.array(sizes, np.int32).reshape(-1, 2),
+        np.array(original, np.int32).reshape(-1, 2),
+        np.array(scores, np.float32).reshape(-1, len(SCORES)),
+        np.array(places, np.int64).reshape(len(names), -1 if names else 0),
+        list(broken),
+        list(cut),
+        repeats,
+    )
+
+
+def row(name, place, picture, parts, meta, caption):
+    """A sample's row of the index. Raises Broken if its caption or picture is no good.
+
+    picture: an open file, or (height, width); parts, meta and caption as in `captions_of`. Sizes
+    that img2dataset wrote into `meta` are believed, so that most pictures need not be looked into.
+    """
+    captions_of(caption, parts, meta)
+    size = pair(meta, 'height', 'width')
+    if not size:
+        size = picture if isinstance(picture, tuple) else size_of(picture)
+    scores = [number(meta.get(key)) for key in SCORES.values()]
+    return name, size, pair(meta, 'original_height', 'original_width') or size, scores, place
+
+
+def pair(meta, *keys):
+    values = tuple(number(meta.get(key)) for key in keys)
+    return tuple(map(int, values)) if all(v >= 1 for v in values) else None
+
+
+def number(value):
+    """A number of a JSON file -> float; nan if it is none."""
+    return float(value) if isinstance(value, (int, float, np.number)) else np.nan
+
+
+def captions_of(field, parts, meta):
+    """The captions of a sample -> (str, ...).
+
+    parts: {extension: bytes} of the sample's text files; meta: its JSON, or its features. 'txt' also
+    finds a field that is named text, caption or captions; several captions (COCO) are all given.
+    Raises Broken.
+    """
+    names = (field, 'text', 'caption', 'captions') if field == 'txt' else (field,)
+    found = next((x[name] for x in (parts, meta) for name in names if name in x), None)
+    if found is None:
+        raise Broken('no caption', f'no {field!r} among {", ".join([*parts, *meta]) or "nothing"}')
+    try:
+        texts = tuple(text for text in (t.strip() for t in strings(found)) if text)
+    except UnicodeDecodeError as e:
+        raise Broken('caption is not UTF-8', str(e)) from e
+    if not texts:
+        raise Broken('empty caption')
+    return texts
+
+
+def strings(value):
+    """Text in any of the forms that sets hold it in -> its strings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, bytes):
+        yield value.decode()
+    elif isinstance(value, dict):
+        yield from strings(value.get('text', value.get('raw', ())))
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        for item in value:
+            yield from strings(item)
+
+
+def size_of(file):
+    """An open picture file -> (height, width) from its header. Raises Broken."""
+    try:
+        picture = Image.open(file)
+        turned = picture.getexif().get(ORIENTATION, 1) >= 5
+    except UNREADABLE as e:
+        raise Broken('picture cannot be read', describe(e)) from e
+    return picture.size if turned else picture.size[::-1]
+
+
+def decode(picture):
+    """Raw.picture -> PIL image, RGB, upright, on white where it is transparent. Raises Broken."""
+    if isinstance(picture, np.ndarray):
+        if picture.ndim != 3 or picture.shape[2] not in (1, 3):
+            raise Broken('picture cannot be read', f'shape {picture.shape}')
+        return Image.fromarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
+    try:
+        image = Image.open(io.BytesIO(picture))
+        image = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION) else image
+        if 'A' in image.getbands() or 'transparency' in image.info:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        return image.convert('RGB')
+    except UNREADABLE as e:
+        raise Broken('picture cannot be read', describe(e)) from e
+
+
+def describe(error):
+    """An exception in one line; PIL names BytesIO objects, which say nothing."""
+    return ' '.join(str(error).split(' <_io.')[0].split()) or type(error).__name__

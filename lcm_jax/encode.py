@@ -1,0 +1,55 @@
+"""Pictures and captions -> latents and conditions, as training takes them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax.conditioning import encode_text
+from lcm_jax.models.layers import in_strips
+from lcm_jax.models.tiny import autoencoder
+
+
+def moments(spec, params, pictures, samples=None):
+    """pictures [B,H,W,3] in -1..1 -> mean, logvar [B,h,w,C] float32 of their latents, unscaled.
+
+    samples: those of one device, where pictures shall be cut into strips (TPUs).
+    """
+
+    def encode(x):
+        return jnp.concatenate(autoencoder(spec).apply({'params': params}, x, method='encode'), -1)
+
+    x = pictures.astype(jax.tree.leaves(params)[0].dtype)
+    both = encode(x) if samples is None else in_strips(encode, x, spec.factor, samples)
+    return jnp.split(both.astype(jnp.float32), 2, -1)
+
+
+def encoded(specs, params, batch, samples=None):
+    """A batch of 'pixels' [B,H,W,3] uint8 and 'ids' [B,E,L] -> one of what the networks take.
+
+    specs, params: of 'vae' and the text encoders, in their order. -> 'mean', 'logvar' [B,h,w,C]
+    float32, 'context' [B,L,D] and for SDXL 'pooled' [B,P]; all else in the batch is passed on.
+    """
+    batch = dict(batch)
+    pictures = batch.pop('pixels').astype(jnp.float32) / 127.5 - 1
+    mean, logvar = moments(specs['vae'], params['vae'], pictures, samples)
+    parts = [part for part in specs if part.startswith('text_encoder')]
+    ids = jnp.moveaxis(batch.pop('ids'), 1, 0)
+    text = encode_text(
+        tuple(specs[part] for part in parts), tuple(params[part] for part in parts), (*ids,)
+    )
+    return batch | {'mean': mean, 'logvar': logvar} | text
+
+
+def encoder(model, dtype, vae_dtype):
+    """Read a Model's VAE and text encoders -> fn(batch in numpy) -> the batch in numpy, `encoded`."""
+    dtypes = dict.fromkeys(model.encoders, dtype) | {'vae': vae_dtype}
+    params = model.load(model.encoders, dtypes)
+    run = jax.jit(lambda params, batch: encoded(model.encoders, params, batch))
+    return lambda batch: jax.tree.map(np.asarray, run(params, batch))
+
+
+def batched(fn, x, batch=64):
+    """fn over the rows of x in batches of one shape -> numpy tree."""
+    padded = np.concatenate([x, np.repeat(x[:1], -len(x) % batch, 0)])
+    parts = [jax.tree.map(np.asarray, fn(b)) for b in np.split(padded, len(padded) // batch)]
+    return jax.tree.map(lambda *ys: np.concatenate(ys)[: len(x)], *parts)

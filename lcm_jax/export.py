@@ -1,0 +1,84 @@
+"""What a run leaves for other programs: a LoRA file, or a whole model as a diffusers folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax import weights
+from lcm_jax.checkpoint import INDEX, SCHEDULER
+from lcm_jax.convert import write_diffusers
+from lcm_jax.lora_files.files import write_lora
+from lcm_jax.models import shapes
+from lcm_jax.tensors import read_json
+from lcm_jax.tree import map_named
+
+
+def recipe(config):
+    """What a reader of the exported file should know -> metadata of a safetensors file."""
+    said = {'lcm_jax.objective': config.objective}
+    if config.objective == 'denoise':
+        return said
+    distil = {k: str(config.distill[k]) for k in ('w', 'solver', 'solver_steps')}
+    return said | {'lcm_jax.accelerates': 'true'} | {f'lcm_jax.{k}': v for k, v in distil.items()}
+
+
+def export(out, trained, model, student, config):
+    """Write what is trained, {path: ...} in numpy, without a suffix in `out` -> the path written.
+
+    An adapter becomes OUT.safetensors (see `write_lora`), parameters the folder OUT, a whole model
+    that takes the place of the base. Both appear whole or not at all.
+    """
+    if student.alphas:
+        return export_lora(Path(f'{out}.safetensors'), trained, model, student.alphas, config)
+    return export_folder(Path(out), trained, model, student.spec, config)
+
+
+def export_lora(file, trained, model, alphas, config):
+    """-> file, a LoRA with one alpha; the scale alpha / rank of each module is in its factors."""
+    baked = {
+        path: {'down': ab['down'], 'up': ab['up'] * (alphas[path][1] / alphas[path][0])}
+        for path, ab in trained.items()
+    }
+    bases = {'unet': shapes.unet_shapes(model.specs['unet'])}
+    alpha = max(alpha for _, alpha in alphas.values())
+    write_lora(file, {'unet': baked}, bases, alpha=alpha, metadata=recipe(config))
+    return file
+
+
+def export_folder(folder, trained, model, spec, config):
+    """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM pipeline."""
+    ckpt, part = model.checkpoint, Path(f'{folder}.part')
+    found = {name: ckpt.tensors(name) for name in ckpt.configs if name != 'unet'}
+    base = ckpt.tensors('unet') if len(trained) < len(weights.keys(shapes.unet_shapes(spec))) else {}
+    found['unet'] = weights.unbind(_tree(trained, base, spec))
+    shutil.rmtree(part, ignore_errors=True)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    write_diffusers(ckpt, found, part)
+    changes = {}
+    if spec.w_dim:
+        changes[Path('unet', 'config.json')] = {'time_cond_proj_dim': spec.w_dim}
+        changes[Path(INDEX)] = {'_class_name': 'LatentConsistencyModelPipeline'}
+    if config.objective != 'denoise':
+        changes[SCHEDULER] = {'_class_name': 'LCMScheduler'}
+        changes[Path(INDEX)] = changes.get(Path(INDEX), {}) | {'scheduler': ['diffusers', 'LCMScheduler']}
+    for file, change in changes.items():
+        text = json.dumps(read_json(part / file) | change, indent=2) + '\n'
+        (part / file).write_text(text)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
+
+
+def _tree(trained, base, spec):
+    """{path: array} and the base's tensors -> the student's whole tree."""
+
+    def leaf(path, x):
+        if path in trained:
+            return np.asarray(trained[path], np.float32)
+        key, perm = weights.theirs(path, x.ndim)
+        return base[key].transpose(np.argsort(perm)).astype(jnp.float32)
+
+    return map_named(leaf, shapes.unet_shapes(spec))

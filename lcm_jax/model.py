@@ -1,0 +1,62 @@
+"""A Stable Diffusion model without its weights in memory: what drawing, training and planning share."""
+
+import dataclasses
+from typing import Any
+
+from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model, open_part
+from lcm_jax.families import Family, check_channels, read_family
+from lcm_jax.scheduler import Schedule, read_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes and noise schedule of a model, and where its weights are."""
+
+    family: Family
+    specs: dict[str, Any]  # of 'unet', 'vae', and the family's text encoders
+    schedule: Schedule
+    size: tuple[int, int]  # (height, width) px that pictures have by default
+    sources: dict[str, Checkpoint] = dataclasses.field(default_factory=dict)  # by component
+
+    @property
+    def encoders(self):
+        """The specs of 'vae' and the text encoders."""
+        return {part: self.specs[part] for part in ('vae', *self.family.text_encoders)}
+
+    @property
+    def checkpoint(self):
+        """The model on disk."""
+        return self.sources['unet']
+
+    def load(self, parts, dtypes, sharding=None):
+        """Names of components -> {component: parameters}, each placed straight on its devices.
+
+        dtypes: by component. sharding: as `Checkpoint.load` takes it, for all or by component.
+        """
+        homes = sharding if isinstance(sharding, dict) else dict.fromkeys(parts, sharding)
+        return {part: self.sources[part].load(part, dtypes[part], homes[part]) for part in parts}
+
+    def tokenizers(self):
+        """-> a Tokenizer for each text encoder."""
+        names = (part.replace('text_encoder', 'tokenizer') for part in self.family.text_encoders)
+        return tuple(self.checkpoint.tokenizer(name) for name in names)
+
+
+def describe(name, prediction_type=None, vae=None):
+    """A model in any form that `open_model` opens -> Model; reads configs and headers only.
+
+    vae: a model or a folder whose VAE replaces the model's own.
+    Raises InputError for what is missing, does not fit together or is not supported.
+    """
+    ckpt = open_model(name, prediction_type)
+    family = read_family(ckpt.index, ckpt.folder / INDEX)
+    schedule = read_schedule(ckpt.scheduler, ckpt.folder / SCHEDULER)
+    sources = dict.fromkeys(('unet', 'vae', *family.text_encoders), ckpt)
+    if vae is not None:
+        sources['vae'] = open_part(vae, 'vae')
+    specs = {part: source.spec(part) for part, source in sources.items()}
+    check_channels(specs['unet'], specs['vae'], ckpt.folder)
+    grid = ckpt.configs['unet'].get('sample_size') or 64
+    height, width = grid if isinstance(grid, list) else (grid, grid)
+    factor = specs['vae'].factor
+    return Model(family, specs, schedule, (height * factor, width * factor), sources)

@@ -1,0 +1,109 @@
+"""Pictures that a run draws of itself: fixed prompts and noise, from the live parameters."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcm_jax import samplers, sharding
+from lcm_jax.diffusion import denoiser, guided
+from lcm_jax.draw import Plan, decode, to_uint8
+from lcm_jax.grid import grid
+
+CHANGED = 8 / 255  # a pixel differs from the base's if a channel does by more than this
+
+
+class Preview:
+    """Draws with what is trained, beside the teacher and the base, whose pictures it keeps in `file`.
+
+    told: {'cond', 'null'} of the prompts, in numpy; vae: its parameters, on the host while nothing
+    is drawn. All processes call it alike, and each gets all pictures.
+    """
+
+    def __init__(self, model, program, mesh, config, told, vae, size, file):
+        self.model, self.config, self.mesh = model, config, mesh
+        self.told, self.vae, self.file = told, vae, Path(file)
+        factor, n = model.specs['vae'].factor, len(config.prompts)
+        shape = (n, *(side // factor for side in size), model.specs['vae'].latent_channels)
+        self.shape, self.program, self.programs = shape, program, {}
+
+    def references(self, base, frozen):
+        """Draw what all is compared with, unless it is in the file. base: parameters as at step 0."""
+        if self.file.is_file():
+            with np.load(self.file) as found:
+                self.teacher, self.base = found['teacher'], found['base']
+            return
+        c = self.config
+        self.teacher = self.draw(base, frozen, 'ddim', c.teacher_steps, c.teacher_guidance)
+        self.base = self.draw(base, frozen, c.sampler, c.steps, c.guidance)
+        if jax.process_index() == 0:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(self.file, teacher=self.teacher, base=self.base)
+
+    def __call__(self, trained, frozen):
+        """-> grid [H,W,3] uint8, metrics: 'distance' to the teacher's pictures (root mean square, of
+        the range 0..1) and 'changed', the share of pixels that differ from the base's."""
+        c = self.config
+        live = self.draw(trained, frozen, c.sampler, c.steps, c.guidance)
+        error = (live.astype(np.float32) - self.teacher) / 255
+        changed = np.abs(live.astype(np.float32) - self.base).max(-1) / 255 > CHANGED
+        columns = [
+            f'teacher\nDDIM {c.teacher_steps}',
+            f'base\n{c.sampler} {c.steps}',
+            f'trained\n{c.sampler} {c.steps}',
+        ]
+        from PIL import Image
+
+        cells = [[Image.fromarray(x) for x in row] for row in zip(self.teacher, self.base, live, strict=True)]
+        return np.asarray(grid(list(c.prompts), columns, cells)), {
+            'distance': float(np.sqrt(np.mean(error**2))),
+            'changed': float(changed.mean()),
+        }
+
+    def draw(self, trained, frozen, sampler, steps, guidance):
+        """-> pictures [N,H,W,3] uint8."""
+        run = self.programs.setdefault((sampler, steps), self._program(sampler, steps))
+        z = run(trained, frozen, self.told, np.float32(guidance))
+        home = sharding.replicated(self.mesh)
+        vae = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda i: x[i]), self.vae)
+        return np.asarray(self._decode()(vae, z))
+
+    def _program(self, sampler, steps):
+        schedule, seed = self.model.schedule, self.config.seed
+        times = schedule.times(sampler, steps)
+        abar = np.asarray(schedule.abar)
+
+        def run(trained, frozen, told, guidance):
+            keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(
+                jnp.arange(self.shape[0])
+            )
+            noise = samplers.fresh(keys)
+            w = jnp.full(2 * self.shape[0], self.config.teacher_guidance - 1.0)
+            both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), told['cond'], told['null'])
+            net = self.program.net(trained, frozen, w)
+            model = denoiser(
+                lambda z, t: net(z, t, **both), schedule.prediction_type, jnp.asarray(abar)
+            )
+            solver = samplers.SAMPLERS[sampler].solver(steps < samplers.SHORT)
+            z = noise(len(abar), self.shape)
+            return samplers.sample(guided(model, guidance), solver, z, times, jnp.asarray(abar), noise)
+
+        return jax.jit(run, out_shardings=sharding.replicated(self.mesh))
+
+    def _decode(self):
+        specs = self.model.specs
+        plan = Plan(
+            specs['unet'],
+            specs['vae'],
+            self.model.schedule.prediction_type,
+            self.config.sampler,
+            True,
+            self.mesh.devices.flat[0].platform,
+        )
+        if None not in self.programs:
+            self.programs[None] = jax.jit(
+                lambda vae, z: to_uint8(decode(plan, vae, z)),
+                out_shardings=sharding.replicated(self.mesh),
+            )
+        return self.programs[None]

@@ -1,0 +1,121 @@
+"""Checkpoints of a run: written beside the training, whole or not at all, restored on any mesh."""
+
+import logging
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
+
+from lcm_jax.errors import InputError
+
+# Keys of a config that may change when a run goes on; all others make it another run.
+MAY_CHANGE = (
+    *('mesh', 'preview', 'export', 'data.threads', 'data.workers', 'data.max_dropped'),
+    *('train.steps', 'train.log_every', 'train.save_every', 'train.keep', 'train.best'),
+    *('train.max_skipped', 'train.remat', 'train.accumulate'),
+)
+
+
+def flat(recipe, prefix=''):
+    """Nested dict -> {'train.lr': value}, tuples as lists, as JSON gives them back."""
+    out = {}
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            out |= flat(value, f'{prefix}{key}.')
+        else:
+            out[prefix + key] = _plain(value)
+    return out
+
+
+def _plain(value):
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+class Saves:
+    """The checkpoints in a folder: the newest `keep`, and the best by the metric `best`, if any.
+
+    recipe: the run's config, {'train.lr': value, ...}, kept beside the state. Every process calls
+    `save`. Raises InputError when what is there is of another recipe.
+    """
+
+    def __init__(self, folder, recipe, *, keep=2, best=''):
+        self.folder, self.recipe, self.metric = Path(folder).resolve(), flat(recipe), best
+        policies = [keep_policy.LatestN(keep)]
+        if best:
+            policies.append(
+                keep_policy.BestN(
+                    get_metric_fn=lambda m: -m[best], n=1, keep_checkpoints_without_metrics=False
+                )
+            )
+        logging.getLogger('absl').setLevel(logging.ERROR)  # a page for every checkpoint
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep_policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            ),
+            item_handlers={'state': ocp.StandardCheckpointHandler(), 'recipe': ocp.JsonCheckpointHandler()},
+        )
+        self.best = self._best_so_far()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+    def _best_so_far(self):
+        found = (self.manager.metrics(step) or {} for step in self.manager.all_steps())
+        return min((m[self.metric] for m in found if self.metric in m), default=float('inf'))
+
+    def restore(self, abstract):
+        """The newest state, placed as `abstract` says (ShapeDtypeStructs), or None if there is none."""
+        step = self.manager.latest_step()
+        if step is None:
+            return None
+        before = self.manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))
+        self._same(before['recipe'])
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self.manager.restore(step, args=args)['state']
+        except (ValueError, KeyError, FileNotFoundError) as e:
+            said = str(e).splitlines()[0]
+            raise InputError(f'{self.folder / str(step)} cannot be restored: {said}') from e
+
+    def _same(self, before):
+        def fixed(key):
+            return not any(key == name or key.startswith(name + '.') for name in MAY_CHANGE)
+
+        now = self.recipe
+        keys = [k for k in {**now, **before} if fixed(k) and now.get(k) != before.get(k)]
+        if keys:
+            raise InputError(
+                f'{self.folder.parent} holds a run with '
+                + ', '.join(f'{k} = {before.get(k)!r} (now {now.get(k)!r})' for k in keys[:3])
+                + '; go on with its settings, or give another workdir'
+            )
+
+    def save(self, step, state, metrics):
+        """Copy the state and write it in the background."""
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), recipe=ocp.args.JsonSave(self.recipe)
+        )
+        self.manager.save(step, args=args, metrics=metrics)
+
+    def improves(self, metrics):
+        """Whether these metrics are the best so far; they are then."""
+        value = metrics.get(self.metric, float('inf'))
+        better = value < self.best
+        self.best = min(self.best, value)
+        return better
+
+
+def on_host(tree):
+    """Arrays, perhaps spread over processes -> numpy arrays, whole on each."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,301 @@
+"""The training step that a config asks for: what it holds, where that lies, what it computes.
+
+Built from sizes alone, so that the same step trains here and is planned for chips that are not here.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lcm_jax import loop, sharding
+from lcm_jax import lora as L
+from lcm_jax.conditioning import guidance_embedding
+from lcm_jax.distill import OBJECTIVES, Nets, Noise, draw, each, w_range
+from lcm_jax.draw import apply_unet
+from lcm_jax.encode import encoded
+from lcm_jax.errors import InputError, choose
+from lcm_jax.models import shapes
+from lcm_jax.models.layers import in_strips
+from lcm_jax.models.unet import UNet
+from lcm_jax.tree import map_named, named
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+TARGETS = {'student': lambda params, ema: params, 'ema': lambda params, ema: ema}
+
+
+class Student(NamedTuple):
+    """What is trained: an adapter, or the UNet's own parameters."""
+
+    spec: Any  # of its UNet
+    init: Callable  # (key, base parameters) -> what is trained, float32
+    bind: Callable  # (unet, trained, base parameters) -> net, where unet(spec, params) -> net
+    alphas: dict  # of an adapter: {path: (rank, alpha)}
+    whole: bool = False  # nothing of the base is left in it
+
+
+class Program(NamedTuple):
+    """A training step. State and frozen are trees of ShapeDtypeStructs that say where they lie."""
+
+    state: loop.State
+    frozen: (
+        dict  # what the step reads: 'null', and 'unet', 'vae', 'text_encoder' where it asks them
+    )
+    batch: Callable  # (height, width) px -> {name: ShapeDtypeStruct} of a global batch
+    loss: Callable  # (trained, its average, frozen, batch, key) -> scalar
+    step: Callable  # (state, frozen, batch, key) -> (state, metrics), not jitted
+    student: Student
+    net: Callable  # (trained, frozen, w [B]) -> the student's net(z, t, **cond)
+    tx: optax.GradientTransformation
+    rate: Callable  # optimizer step -> learning rate
+
+
+def program(specs, family, schedule, config, mesh):
+    """specs by component, Family, Schedule (see `model.Model`), config, mesh -> Program.
+
+    Raises InputError for settings outside what is supported, naming the key.
+    """
+    check(config, sharding.groups(mesh))
+    objective = choose('objective', config.objective, OBJECTIVES)
+    tx, rate = optimizer(config.train)
+    base = shapes.unet_shapes(specs['unet'], DTYPES[config.dtype])
+    student = choose('trains', config.trains, STUDENTS)(specs['unet'], base, config)
+    frozen = {'null': without_sizes(cond_shapes(specs, 1, DTYPES[config.dtype]))}
+    if objective.teacher or not student.whole:
+        frozen['unet'] = base
+    if not cached(config):
+        frozen |= encoder_shapes(specs, family, config)
+    ema = config.train.ema_decay
+    state = jax.eval_shape(
+        lambda: loop.init(student.init(jax.random.key(0), jax.tree.map(zeros, base)), tx, ema)
+    )
+    rules = (*config.mesh.rules, *sharding.RULES)
+    placed = sharding.placed({'state': state, 'frozen': frozen}, mesh, rules)
+    unet = partial(network, mesh=mesh)
+    loss = make_loss(specs, family, schedule, config, objective, student, unet)
+    return Program(
+        placed['state'],
+        placed['frozen'],
+        partial(batch_shapes, specs, family, config, mesh),
+        loss,
+        loop.make_step(loss, tx, ema, config.train.accumulate),
+        student,
+        partial(student_net, student, unet),
+        tx,
+        rate,
+    )
+
+
+def check(config, groups):
+    """InputError for values that do not go together. groups: of devices that share samples."""
+    c = config.train
+    for key, table in (('dtype', DTYPES), ('vae_dtype', DTYPES)):
+        choose(key, config[key], table)
+    choose('distill.target', config.distill.target, TARGETS)
+    choose('export.weights', config.export.weights, dict.fromkeys(('params', 'ema')))
+    if not 0 <= c.ema_decay < 1:
+        raise InputError(f'train.ema_decay = {c.ema_decay}; from 0 (no average) to below 1')
+    averaged = 'ema' in (config.distill.target, config.export.weights)
+    if averaged and not c.ema_decay:
+        raise InputError("distill.target or export.weights 'ema' needs train.ema_decay above 0")
+    if c.batch % (groups * c.accumulate):
+        raise InputError(
+            f'train.batch = {c.batch} samples; it must be a multiple of {groups * c.accumulate}: '
+            f'{groups} groups of devices times train.accumulate = {c.accumulate}'
+        )
+
+
+def cached(config):
+    """Whether batches hold latents and embeddings instead of pixels and token ids."""
+    return config.data.cache or config.data.source.startswith('cache:')
+
+
+def optimizer(c):
+    """The keys of config.train -> optimizer, step -> learning rate."""
+    if c.decay and c.warmup >= c.steps:
+        raise InputError(f'warmup = {c.warmup} of {c.steps} steps; with decay it must be less')
+    if c.decay:
+        rate = optax.warmup_cosine_decay_schedule(0, c.lr, c.warmup, c.steps, c.lr / 100)
+    elif c.warmup:
+        rate = optax.linear_schedule(0, c.lr, c.warmup)
+    else:
+        rate = optax.constant_schedule(c.lr)
+    adam = optax.adamw(rate, b2=c.b2, weight_decay=c.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(c.clip), adam), rate
+
+
+# --- what is trained
+
+
+def lora_student(spec, base, config):
+    """An adapter of the base's UNet, rank and alpha by path."""
+    c = config.lora
+    alphas = L.ranks(base, tuple(c.targets) or ((L.LCM_TARGETS, c.rank, c.alpha),))
+    scales = {path: alpha / rank for path, (rank, alpha) in alphas.items()}
+
+    def init(key, params):
+        return L.init(key, base, alphas)
+
+    def bind(unet, trained, params):
+        return L.apply(unet(spec, params), trained, scales)
+
+    return Student(spec, init, bind, alphas)
+
+
+def full_student(spec, base, config):
+    """Parameters of the UNet by path, all or some; for LCM with an input for the guidance scale."""
+    c = config.full
+    if config.objective == 'lcm' and not spec.w_dim:
+        spec = dataclasses.replace(spec, w_dim=c.w_dim)
+    tree = shapes.unet_shapes(spec, DTYPES[config.dtype])
+    taken = {path: x for path, x in named(tree) if re.fullmatch(c.trainable, path)}
+    if not taken:
+        raise InputError(f'no parameter matches full.trainable = {c.trainable!r}')
+
+    def init(key, params):
+        have = dict(named(params))  # all but the new input, which starts without effect
+        return {
+            path: jnp.array(have[path], jnp.float32) if path in have else zeros(x, jnp.float32)
+            for path, x in taken.items()
+        }
+
+    def bind(unet, trained, params):
+        rest = dict(named(params))
+        return unet(
+            spec, map_named(lambda path, x: trained.get(path, rest.get(path)).astype(x.dtype), tree)
+        )
+
+    return Student(spec, init, bind, {}, whole=len(taken) == len(named(tree)))
+
+
+STUDENTS = {'lora': lora_student, 'full': full_student}
+
+
+def student_net(student, unet, trained, frozen, w=None):
+    """-> net(z, t, **cond) of the student; w [B]: what a w-conditioned one is told."""
+    net = student.bind(unet, trained, frozen.get('unet', {}))
+    if not student.spec.w_dim:
+        return net
+    embedded = guidance_embedding(w, student.spec.w_dim)
+    return lambda z, t, **cond: net(z, t, w=embedded, **cond)
+
+
+def network(spec, params, mesh, remat='none'):
+    """The UNet with these parameters as net(z, t, **cond); in strips on TPUs."""
+
+    def net(z, t, **cond):
+        def run(z):
+            return apply_unet(UNet(spec, remat), params, z, t, **cond)
+
+        samples = samples_each(len(z), mesh)
+        return in_strips(run, z, spec.factor, samples) if samples else run(z)
+
+    return net
+
+
+def samples_each(n, mesh):
+    """On TPUs, how many of n samples each device has; None elsewhere, where strips do not pay."""
+    tpu = mesh.devices.flat[0].platform == 'tpu'
+    return max(1, n // sharding.groups(mesh)) if tpu else None
+
+
+# --- what is computed
+
+
+def make_loss(specs, family, schedule, config, objective, student, unet):
+    """-> loss(params, ema, frozen, batch, key) -> scalar; student and target share the base."""
+    c, distill = config.train, config.distill
+    abar, kind, total = np.asarray(schedule.abar), schedule.prediction_type, len(schedule.abar)
+    draws_of = partial(
+        draw,
+        steps=distill.solver_steps if objective.target else total,  # denoising: at any time
+        total=total,
+        w_range=w_range(distill.w),
+    )
+    measure, pick = objective.bind(distill), TARGETS[distill.target]
+    encoders = {part: specs[part] for part in ('vae', *family.text_encoders)}
+    keys_of_cond = [*cond_shapes(specs, 1, jnp.float32)]
+    mesh = unet.keywords['mesh']
+
+    def loss(params, ema, frozen, batch, key):
+        rows, keys = batch['row'], jax.random.split(key, 3)
+        if 'pixels' in batch:
+            batch = encoded(encoders, frozen, batch, samples_each(len(rows), mesh))
+        z = latents(batch, each(keys[1], rows), specs['vae'].scaling_factor)
+        cond = {k: batch[k] for k in keys_of_cond}
+        null = cond | {k: jnp.broadcast_to(x, cond[k].shape) for k, x in frozen['null'].items()}
+        if c.caption_dropout:
+            drop = jax.vmap(jax.random.uniform)(each(keys[2], rows)) < c.caption_dropout
+            cond = jax.tree.map(lambda x, y: jax.vmap(jnp.where)(drop, y, x), cond, null)
+        draws = draws_of(keys[0], rows, z.shape[1:])
+        nets = Nets(
+            student_net(student, partial(unet, remat=c.remat), params, frozen, draws.w),
+            student_net(student, unet, pick(params, ema), frozen, draws.w)
+            if objective.target
+            else None,
+            unet(specs['unet'], frozen['unet']) if objective.teacher else None,
+        )
+        told = {'z': z, 'cond': cond, 'null': null}
+        return jnp.mean(measure(nets, told, draws, Noise(jnp.asarray(abar), kind)))
+
+    return loss
+
+
+def latents(batch, keys, scaling):
+    """'mean', 'logvar' [B,h,w,C] and a key for each sample -> scaled latents drawn from them."""
+    mean, std = batch['mean'], jnp.exp(0.5 * batch['logvar'])
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+    return scaling * (mean + std * noise)
+
+
+# --- shapes
+
+
+def zeros(x, dtype=None):
+    return jnp.zeros(x.shape, dtype or x.dtype)
+
+
+def cond_shapes(specs, n, dtype):
+    """The condition of n samples, as ShapeDtypeStructs."""
+    unet, length = specs['unet'], specs['text_encoder'].length
+    cond = {'context': jax.ShapeDtypeStruct((n, length, unet.context_dim), dtype)}
+    if unet.pooled_dim:
+        cond['pooled'] = jax.ShapeDtypeStruct((n, unet.pooled_dim), dtype)
+        cond['sizes'] = jax.ShapeDtypeStruct((n, 6), jnp.float32)
+    return cond
+
+
+def without_sizes(cond):
+    """What the null condition replaces: all but the sizes, which stay the sample's own."""
+    return {k: x for k, x in cond.items() if k != 'sizes'}
+
+
+def encoder_shapes(specs, family, config):
+    """The parameters of the VAE and the text encoders."""
+    text = {p: shapes.text_shapes(specs[p], DTYPES[config.dtype]) for p in family.text_encoders}
+    return text | {'vae': shapes.vae_shapes(specs['vae'], DTYPES[config.vae_dtype])}
+
+
+def batch_shapes(specs, family, config, mesh, size):
+    """A global batch of pictures of size (height, width) px -> {name: ShapeDtypeStruct}."""
+    n, vae, home = config.train.batch, specs['vae'], sharding.batch_sharding(mesh)
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((n, *shape), dtype)
+
+    out = {'row': array(dtype=jnp.int32), 'sizes': array(6)}
+    if cached(config):
+        grid = (side // vae.factor for side in size)
+        out |= cond_shapes(specs, n, DTYPES[config.dtype])
+        out |= dict.fromkeys(('mean', 'logvar'), array(*grid, vae.latent_channels))
+    else:
+        length = specs['text_encoder'].length
+        out['pixels'] = array(*size, 3, dtype=jnp.uint8)
+        out['ids'] = array(len(family.text_encoders), length, dtype=jnp.int32)
+    return {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home) for k, x in out.items()}
