@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from lcm_jax import lora_cli
+from lcm_jax import lora_cli, plan_cli
 from lcm_jax.errors import InputError
 
 EPILOG = """examples:
@@ -156,6 +156,7 @@ def parser():
         '--prediction-type', help='epsilon, v_prediction or sample, in place of what the model says'
     )
 
+    plan_cli.add(verb)
     lora_cli.add(verbs, verb)
     return main
 
