@@ -12,7 +12,7 @@ from lcm_jax.data.emoji import to_float
 from lcm_jax.grid import pixels
 from lcm_jax.models.clip import ImageEncoder, TextEncoder
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.train import batched
+from lcm_jax.encode import batched
 
 BATCH = 16  # pictures drawn at a time
 

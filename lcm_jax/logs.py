@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard, a file of JSON lines, and what it costs."""
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -8,17 +9,8 @@ from pathlib import Path
 import jax
 from tensorboardX import SummaryWriter
 
+from lcm_jax.chips import chip
 from lcm_jax.tree import count, named
-
-PEAKS = {  # device kind -> bfloat16 FLOP/s
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5': 459e12,
-    'TPU v6 lite': 918e12,
-    'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA H100 80GB HBM3': 989e12,
-    'NVIDIA H200': 989e12,
-}
 
 
 class Writer:
@@ -37,7 +29,7 @@ class Writer:
         self.board, file = SummaryWriter(str(workdir)), workdir / 'metrics.jsonl'
         kept = _whole_lines(file.read_text()) if file.is_file() else []
         file.write_text(''.join(line + '\n' for line in kept if json.loads(line)['step'] <= start))
-        self.lines = open(file, 'a')
+        self.lines = open(file, 'a')  # noqa: SIM115 - closed with the writer
 
     def __enter__(self):
         return self
@@ -94,8 +86,7 @@ class Meter:
     def __init__(self, writer, rate, samples, flops):
         self.writer, self.rate, self.samples = writer, rate, samples
         devices = jax.devices()
-        self.tflop, peak = flops / 1e12, PEAKS.get(devices[0].device_kind)
-        self.peak = peak and peak * len(devices)
+        self.tflop, self.peak = flops / 1e12, chip(devices[0]).flops / 1e12 * len(devices)
 
     def report(self, step, metrics, seconds, waited):
         """The metrics of one step; seconds of a step, and its part spent waiting for data."""
@@ -109,7 +100,7 @@ class Meter:
             'tflops': speed,
             'memory_bytes': memory(),
         }
-        if self.peak:
+        if not math.isnan(self.peak):
             values['share_of_peak'] = speed / self.peak
         self.writer.scalars(step, values)
 
@@ -135,8 +126,7 @@ def summary(prog, mesh, config, feed):
         leaves = named(tree)
         if leaves:
             path, x = max(leaves, key=lambda item: item[1].size)
-            lines.append(
-                f'{kind:9} {size(sum(x.size * x.dtype.itemsize for _, x in leaves)):>8}, first of them {path} '
-                f'{x.shape} {x.dtype} as {x.sharding.spec}'
-            )
+            total = size(sum(x.size * x.dtype.itemsize for _, x in leaves))
+            spec = ', '.join(map(str, x.sharding.spec))
+            lines.append(f'{kind:9} {total:>8}, the largest {path} {x.shape} {x.dtype} over ({spec})')
     return '\n'.join(lines)

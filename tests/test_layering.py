@@ -14,7 +14,7 @@ LAYERS = [
     line.split()
     for line in """
     errors original
-    tree diffusion data.samples data.settings data.order text tensors hub metrics grid models.flash
+    tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics grid models.flash
     data.files models.attention
     data.tars
     data.emoji data.folders
@@ -22,7 +22,7 @@ LAYERS = [
     data.records
     data.cache
     data.sources
-    weights orbax_io lora samplers sharding models.layers
+    weights orbax_io lora samplers sharding plan models.layers
     models.clip models.unet models.vae
     models.tiny
     models.configs models.shapes models.zoo distill loop lora_files.dialects conditioning images
@@ -32,12 +32,12 @@ LAYERS = [
     infer lora_files.family lora_files.algebra lora_files.peft_config
     single lora_files.methods lora_files.programs
     lora_files.files lora_files.describe
-    checkpoint scheduler families adapters draw plan
+    checkpoint scheduler families adapters draw
     request
-    pipeline
+    pipeline workloads
     lcm_jax train convert lora_files.verbs
     evaluate
-    demo lora_cli data_cli
+    demo lora_cli data_cli plan_cli
     cli
 """.strip().splitlines()
 ]

@@ -26,7 +26,7 @@ from lcm_jax.data.order import shuffled
 from lcm_jax.models.configs import vae_config
 from lcm_jax.models.vae import VAE, VAESpec
 from lcm_jax.tensors import write_tensors
-from lcm_jax.train import batched
+from lcm_jax.encode import batched
 from lcm_jax.tree import cast
 
 SPEC = VAESpec(
