@@ -3,15 +3,12 @@
 python -m lcm_jax.train --config=configs/emoji_lcm_lora.py --workdir=runs/emoji_lcm_lora
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 
 def get_config():
-    spec = importlib.util.spec_from_file_location('default', Path(__file__).with_name('default.py'))
-    default = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(default)
-    c = default.get_config()
+    c = runpy.run_path(str(Path(__file__).with_name(default.py)))[get_config]()
     c.data.source = 'emoji:noto,twemoji'
     c.data.cache = True
     c.lora.rank = 32

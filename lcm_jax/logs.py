@@ -128,5 +128,7 @@ def summary(prog, mesh, config, feed):
             path, x = max(leaves, key=lambda item: item[1].size)
             total = size(sum(x.size * x.dtype.itemsize for _, x in leaves))
             spec = ', '.join(map(str, x.sharding.spec))
-            lines.append(f'{kind:9} {total:>8}, the largest {path} {x.shape} {x.dtype} over ({spec})')
+            lines.append(
+                f'{kind:9} {total:>8}, the largest {path} {x.shape} {x.dtype} over ({spec})'
+            )
     return '\n'.join(lines)
