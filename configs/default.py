@@ -36,7 +36,7 @@ def get_config():
 
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 64
-    c.lora.alpha = 64.0  # the update is alpha / rank * down @ up
+    c.lora.alpha = 0.0  # the update is alpha / rank * down @ up; 0: alpha is the rank
     c.lora.targets = ()  # rows (regex on parameter paths, rank, alpha), the first match counts;
     # empty: the modules that LCM-LoRA adapts, with the rank and alpha above
 
@@ -65,7 +65,7 @@ def get_config():
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other
     c.train.remat = 'none'  # what the student's backward pass computes again (models/unet.py)
     c.train.lr = 1e-4  # peak
-    c.train.warmup = 0  # steps
+    c.train.warmup = 50  # steps
     c.train.decay = False  # cosine to 1 % of the peak over the run (else constant)
     c.train.b2 = 0.999  # Adam's second decay
     c.train.weight_decay = 0.0
@@ -103,7 +103,7 @@ def get_config():
     c.preview.steps = 4
     c.preview.guidance = 1.0
     c.preview.teacher_steps = 50  # DDIM, of the base: what the pictures' distance is taken to
-    c.preview.teacher_guidance = 7.5
+    c.preview.teacher_guidance = 4.0
     c.preview.seed = 0
 
     c.export = ml_collections.ConfigDict()

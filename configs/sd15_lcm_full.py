@@ -24,6 +24,7 @@ def get_config():
     c.train.lr = 1e-6
     c.train.remat = 'blocks'
     c.train.save_every = 1000
+    c.preview.teacher_guidance = 7.5
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
     c.export.name = 'lcm_sd15'
     c.export.weights = 'ema'

@@ -23,6 +23,7 @@ def get_config():
     c.train.warmup = 100
     c.train.ema_decay = 0.0
     c.train.save_every = 500
+    c.preview.teacher_guidance = 7.5
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
     c.export.name = 'lcm_lora_sd15'
     return c

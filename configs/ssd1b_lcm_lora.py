@@ -22,6 +22,7 @@ def get_config():
     c.train.remat = 'blocks'
     c.train.ema_decay = 0.0
     c.train.save_every = 500
+    c.preview.teacher_guidance = 7.5
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
     c.export.name = 'lcm_lora_ssd1b'
     return c
