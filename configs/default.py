@@ -21,7 +21,7 @@ def get_config():
     c.data.validation = ''  # a source that is not trained on, for the metric 'validation'
     c.data.validation_batches = 4  # of it that are judged by, always the same
     c.data.resolution = 64  # px, of the square cut out; with buckets, of one of their area
-    c.data.crop = 'center'  # or random
+    c.data.crop = 'random'  # or center
     c.data.flip = False  # from left to right, half of the time
     c.data.buckets = False  # cut each picture to a shape near its own, one shape a batch
     c.data.caption = 'txt'  # extension of the caption file, or a field of the JSON
@@ -31,7 +31,7 @@ def get_config():
     c.data.max_unsafe = 0.0  # LAION's punsafe, 0..1
     c.data.max_dropped = 0.05  # share of broken samples and of unreadable files that is borne
     c.data.seed = 0  # order of the samples, crops and flips
-    c.data.threads = 4  # that read and decode, in each process
+    c.data.threads = 8  # that read and decode, in each process
     c.data.workers = 0  # processes that read and decode; 0: the trainer's own
 
     c.lora = ml_collections.ConfigDict()

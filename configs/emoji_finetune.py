@@ -16,8 +16,6 @@ def get_config():
     c.data.cache = True
     c.train.steps = 1000
     c.train.lr = 3e-4
-    c.train.decay = True
-    c.train.ema_decay = 0.99
     c.train.caption_dropout = 0.1
     c.train.best = 'validation'
     c.preview.prompts = (

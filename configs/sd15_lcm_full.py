@@ -15,9 +15,6 @@ def get_config():
     c.trains = 'full'
     c.data.source = 'wds:data/{00000..00009}.tar'
     c.data.resolution = 512
-    c.data.crop = 'random'
-    c.data.flip = True
-    c.data.threads = 16
     c.distill.target = 'ema'
     c.train.steps = 10_000
     c.train.batch = 64

@@ -14,9 +14,6 @@ def get_config():
     c.dtype = 'bfloat16'
     c.data.source = 'wds:data/{00000..00009}.tar'
     c.data.resolution = 512
-    c.data.crop = 'random'
-    c.data.flip = True
-    c.data.threads = 16
     c.train.steps = 2000
     c.train.batch = 64
     c.train.lr = 1e-4

@@ -14,7 +14,6 @@ def get_config():
     c.dtype = 'bfloat16'
     c.data.source = 'cache:data/sdxl'
     c.data.resolution = 1024
-    c.data.threads = 16
     c.distill.w = 'script_sdxl'
     c.train.steps = 2000
     c.train.lr = 1e-4
