@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def get_config():
-    c = runpy.run_path(str(Path(__file__).with_name(default.py)))[get_config]()
+    c = runpy.run_path(str(Path(__file__).with_name('default.py')))['get_config']()
     c.data.source = 'emoji:noto,twemoji'
     c.data.cache = True
     c.lora.rank = 32

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def get_config():
-    c = runpy.run_path(str(Path(__file__).with_name(default.py)))[get_config]()
+    c = runpy.run_path(str(Path(__file__).with_name('default.py')))['get_config']()
     c.objective = 'denoise'
     c.data.source = 'emoji:fluent'
     c.data.validation = 'emoji-heldout:fluent'

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def get_config():
-    c = runpy.run_path(str(Path(__file__).with_name(default.py)))[get_config]()
+    c = runpy.run_path(str(Path(__file__).with_name('default.py')))['get_config']()
     c.model = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
     c.dtype = 'bfloat16'
     c.data.source = 'wds:data/{00000..00009}.tar'

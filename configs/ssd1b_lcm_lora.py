@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def get_config():
-    c = runpy.run_path(str(Path(__file__).with_name(default.py)))[get_config]()
+    c = runpy.run_path(str(Path(__file__).with_name('default.py')))['get_config']()
     c.model = 'segmind/SSD-1B'
     c.dtype = 'bfloat16'
     c.data.source = 'cache:data/ssd1b'
