@@ -21,7 +21,7 @@ def get_config():
     c.data.validation = ''  # a source that is not trained on, for the metric 'validation'
     c.data.validation_batches = 4  # of it that are judged by, always the same
     c.data.resolution = 64  # px, of the square cut out; with buckets, of one of their area
-    c.data.crop = 'center'  # or random
+    c.data.crop = 'random'  # or center
     c.data.flip = False  # from left to right, half of the time
     c.data.buckets = False  # cut each picture to a shape near its own, one shape a batch
     c.data.caption = 'txt'  # extension of the caption file, or a field of the JSON
@@ -31,12 +31,12 @@ def get_config():
     c.data.max_unsafe = 0.0  # LAION's punsafe, 0..1
     c.data.max_dropped = 0.05  # share of broken samples and of unreadable files that is borne
     c.data.seed = 0  # order of the samples, crops and flips
-    c.data.threads = 4  # that read and decode, in each process
+    c.data.threads = 8  # that read and decode, in each process
     c.data.workers = 0  # processes that read and decode; 0: the trainer's own
 
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 64
-    c.lora.alpha = 64.0  # the update is alpha / rank * down @ up
+    c.lora.alpha = 0.0  # the update is alpha / rank * down @ up; 0: alpha is the rank
     c.lora.targets = ()  # rows (regex on parameter paths, rank, alpha), the first match counts;
     # empty: the modules that LCM-LoRA adapts, with the rank and alpha above
 
@@ -65,7 +65,7 @@ def get_config():
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other
     c.train.remat = 'none'  # what the student's backward pass computes again (models/unet.py)
     c.train.lr = 1e-4  # peak
-    c.train.warmup = 0  # steps
+    c.train.warmup = 50  # steps
     c.train.decay = False  # cosine to 1 % of the peak over the run (else constant)
     c.train.b2 = 0.999  # Adam's second decay
     c.train.weight_decay = 0.0
@@ -103,7 +103,7 @@ def get_config():
     c.preview.steps = 4
     c.preview.guidance = 1.0
     c.preview.teacher_steps = 50  # DDIM, of the base: what the pictures' distance is taken to
-    c.preview.teacher_guidance = 7.5
+    c.preview.teacher_guidance = 4.0
     c.preview.seed = 0
 
     c.export = ml_collections.ConfigDict()

@@ -14,11 +14,8 @@ def get_config():
     c.data.source = 'emoji:fluent'
     c.data.validation = 'emoji-heldout:fluent'
     c.data.cache = True
-    c.train.steps = 2000
+    c.train.steps = 1000
     c.train.lr = 3e-4
-    c.train.warmup = 50
-    c.train.decay = True
-    c.train.ema_decay = 0.99
     c.train.caption_dropout = 0.1
     c.train.best = 'validation'
     c.preview.prompts = (
@@ -30,7 +27,6 @@ def get_config():
     c.preview.sampler = 'dpm++'
     c.preview.steps = 25
     c.preview.guidance = 4.0
-    c.preview.teacher_guidance = 4.0
     c.export.name = 'fluent'
     c.export.weights = 'ema'
     return c

@@ -14,11 +14,9 @@ def get_config():
     c.data.source = 'emoji:noto,twemoji'
     c.data.cache = True
     c.distill.target = 'ema'
-    c.train.steps = 1500
+    c.train.steps = 1000
     c.train.lr = 2e-4
-    c.train.warmup = 50
     c.train.decay = True
-    c.preview.teacher_guidance = 4.0
     c.export.name = 'lcf'
     c.export.weights = 'ema'
     return c

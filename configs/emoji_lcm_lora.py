@@ -12,14 +12,11 @@ def get_config():
     c.data.source = 'emoji:noto,twemoji'
     c.data.cache = True
     c.lora.rank = 32
-    c.lora.alpha = 32.0
     c.distill.w = '2:4'
-    c.train.steps = 1500
+    c.train.steps = 1000
     c.train.lr = 1e-3
-    c.train.warmup = 50
     c.train.decay = True
     c.train.ema_decay = 0.98
-    c.preview.teacher_guidance = 4.0
     c.export.name = 'lcm_lora'
     c.export.weights = 'ema'
     return c

@@ -14,11 +14,8 @@ def get_config():
     c.data.validation = 'emoji-heldout:fluent'
     c.data.cache = True
     c.lora.rank = 32
-    c.lora.alpha = 32.0
-    c.distill.min_snr = 5.0
-    c.train.steps = 2000
+    c.train.steps = 1000
     c.train.lr = 1e-3
-    c.train.warmup = 50
     c.train.decay = True
     c.train.caption_dropout = 0.1
     c.train.best = 'validation'
@@ -31,6 +28,5 @@ def get_config():
     c.preview.sampler = 'dpm++'
     c.preview.steps = 25
     c.preview.guidance = 4.0
-    c.preview.teacher_guidance = 4.0
     c.export.name = 'fluent'
     return c

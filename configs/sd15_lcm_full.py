@@ -15,15 +15,13 @@ def get_config():
     c.trains = 'full'
     c.data.source = 'wds:data/{00000..00009}.tar'
     c.data.resolution = 512
-    c.data.crop = 'random'
-    c.data.flip = True
-    c.data.threads = 16
     c.distill.target = 'ema'
     c.train.steps = 10_000
     c.train.batch = 64
     c.train.lr = 1e-6
     c.train.remat = 'blocks'
     c.train.save_every = 1000
+    c.preview.teacher_guidance = 7.5
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
     c.export.name = 'lcm_sd15'
     c.export.weights = 'ema'

@@ -14,15 +14,13 @@ def get_config():
     c.dtype = 'bfloat16'
     c.data.source = 'wds:data/{00000..00009}.tar'
     c.data.resolution = 512
-    c.data.crop = 'random'
-    c.data.flip = True
-    c.data.threads = 16
     c.train.steps = 2000
     c.train.batch = 64
     c.train.lr = 1e-4
     c.train.warmup = 100
     c.train.ema_decay = 0.0
     c.train.save_every = 500
+    c.preview.teacher_guidance = 7.5
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
     c.export.name = 'lcm_lora_sd15'
     return c

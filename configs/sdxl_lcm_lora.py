@@ -14,7 +14,6 @@ def get_config():
     c.dtype = 'bfloat16'
     c.data.source = 'cache:data/sdxl'
     c.data.resolution = 1024
-    c.data.threads = 16
     c.distill.w = 'script_sdxl'
     c.train.steps = 2000
     c.train.lr = 1e-4
@@ -22,6 +21,7 @@ def get_config():
     c.train.remat = 'blocks'
     c.train.ema_decay = 0.0
     c.train.save_every = 500
+    c.preview.teacher_guidance = 7.5
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
     c.export.name = 'lcm_lora_sdxl'
     return c

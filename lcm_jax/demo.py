@@ -102,7 +102,6 @@ def config(steps):
     """configs/emoji_lcm_lora.py in a short form."""
     settings = {
         'lora.rank': RANK,
-        'lora.alpha': float(RANK),
         'train.steps': steps,
         'train.warmup': steps // 20,
         'train.log_every': 10,
