@@ -21,6 +21,7 @@ from lcm_jax.models.clip import TextSpec
 from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
 from lcm_jax.models.zoo import ModelSpec
+from lcm_jax.tree import named
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
@@ -162,14 +163,14 @@ def checkpoints(workdir):
     return sorted(int(n) for n in names if n.isdigit()), [n for n in names if not n.isdigit()]
 
 
-def state(workdir):
-    """The newest checkpoint, read by orbax alone -> {path: array}."""
-    step = checkpoints(workdir)[0][-1]
-    tree = ocp.StandardCheckpointer().restore(Path(workdir) / 'checkpoints' / str(step) / 'state')
-    return {
-        jax.tree_util.keystr(path): np.asarray(x)
-        for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]
-    }
+def state(workdir, step=None):
+    """A checkpoint, by default the newest, read by orbax alone -> {path: array}."""
+    step = checkpoints(workdir)[0][-1] if step is None else step
+    folder = Path(workdir).resolve() / 'checkpoints' / str(step) / 'state'
+    with ocp.PyTreeCheckpointer() as reader:
+        there = reader.metadata(folder).item_metadata.tree
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), there)
+        return dict(named(reader.restore(folder, restore_args=plain)))
 
 
 def exported(workdir, name='lora'):

@@ -45,7 +45,7 @@ def equality(model, out):
         reference = got if i == 0 else reference
         assert len(got[0]) == 20
         diffs = [runs.difference(a, b) for a, b in zip(reference[:2], got[:2], strict=True)]
-        for part in ("['params']", "['ema']", "['opt']"):
+        for part in ('params', 'ema', 'opt'):
             pick = [{k: x for k, x in r[2].items() if k.startswith(part)} for r in (reference, got)]
             diffs.append(runs.difference(*pick))
         print(f'{label:40} ' + ' '.join(f'{d:9.1e}' for d in diffs) + f' {seconds:7.0f}', flush=True)
