@@ -13,7 +13,7 @@ def get_config():
     c.data.cache = True
     c.lora.rank = 32
     c.distill.w = '2:4'
-    c.train.steps = 1000
+    c.train.steps = 1500
     c.train.lr = 1e-3
     c.train.decay = True
     c.train.ema_decay = 0.98

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import jax
+from PIL import Image
 from tensorboardX import SummaryWriter
 
 from lcm_jax.chips import chip
@@ -24,9 +25,9 @@ class Writer:
         self.active = jax.process_index() == 0
         if not self.active:
             return
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.board, file = SummaryWriter(str(workdir)), workdir / 'metrics.jsonl'
+        self.workdir = Path(workdir)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.board, file = SummaryWriter(str(workdir)), self.workdir / 'metrics.jsonl'
         kept = _whole_lines(file.read_text()) if file.is_file() else []
         file.write_text(''.join(line + '\n' for line in kept if json.loads(line)['step'] <= start))
         self.lines = open(file, 'a')  # noqa: SIM115 - closed with the writer
@@ -47,8 +48,11 @@ class Writer:
                 self.board.add_scalar(name, value, step)
 
     def picture(self, step, name, picture):
-        """picture [H,W,3] uint8."""
+        """picture [H,W,3] uint8, to TensorBoard and as NAME/STEP.png."""
         if self.active:
+            file = self.workdir / name / f'{step:06d}.png'
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(file)
             self.board.add_image(name, picture, step, dataformats='HWC')
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written beside the training, whole or not at all, restored on any mesh."""
 
 import logging
+import math
 from pathlib import Path
 
 import jax
@@ -46,7 +47,9 @@ class Saves:
         if best:
             policies.append(
                 keep_policy.BestN(
-                    get_metric_fn=lambda m: -m[best], n=1, keep_checkpoints_without_metrics=False
+                    get_metric_fn=lambda m: -m.get(best, math.inf),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
                 )
             )
         logging.getLogger('absl').setLevel(logging.ERROR)  # a page for every checkpoint
@@ -73,7 +76,7 @@ class Saves:
 
     def _best_so_far(self):
         found = (self.manager.metrics(step) or {} for step in self.manager.all_steps())
-        return min((m[self.metric] for m in found if self.metric in m), default=float('inf'))
+        return min((m[self.metric] for m in found if self.metric in m), default=math.inf)
 
     def restore(self, abstract):
         """The newest state, placed as `abstract` says (ShapeDtypeStructs), or None if there is none."""
@@ -111,7 +114,7 @@ class Saves:
 
     def improves(self, metrics):
         """Whether these metrics are the best so far; they are then."""
-        value = metrics.get(self.metric, float('inf'))
+        value = metrics.get(self.metric, math.inf)
         better = value < self.best
         self.best = min(self.best, value)
         return better

@@ -99,6 +99,9 @@ def check(config, groups):
         choose(key, config[key], table)
     choose('distill.target', config.distill.target, TARGETS)
     choose('export.weights', config.export.weights, dict.fromkeys(('params', 'ema')))
+    choose('train.best', c.best, dict.fromkeys(('', 'distance', 'validation')))
+    if c.best == 'validation' and not config.data.validation:
+        raise InputError("train.best = 'validation' needs a source in data.validation")
     if not 0 <= c.ema_decay < 1:
         raise InputError(f'train.ema_decay = {c.ema_decay}; from 0 (no average) to below 1')
     averaged = 'ema' in (config.distill.target, config.export.weights)

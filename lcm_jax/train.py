@@ -55,7 +55,7 @@ def run(config, workdir):
             told=there.told,
             vae=there.vae,
             size=feed.sizes[0],
-            file=workdir / 'preview.npz',
+            file=workdir / 'preview' / 'references.npz',
         )
         preview.references(state.params, there.frozen)
         resumed = saves.restore(prog.state)
