@@ -85,7 +85,9 @@ def run(config, workdir):
                 label=config.objective,
             )
             feed.close()
-            return out.export(config.export.name, state)
+            file = out.export(config.export.name, state)
+            sharding.wait('exported')  # JAX lets no process end long before the others
+            return file
 
 
 class There(NamedTuple):

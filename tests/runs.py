@@ -23,6 +23,7 @@ from lcm_jax.models.vae import VAESpec
 from lcm_jax.models.zoo import ModelSpec
 from lcm_jax.tree import named
 
+PATIENCE = 'from lcm_jax import peers, train; peers.LOST = {}; train.main()'
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
 MODEL = ModelSpec(  # 16 px pictures, 8 x 8 latents
@@ -81,15 +82,19 @@ def run(model, workdir, **settings):
     return train.run(config, workdir)
 
 
-def start(model, workdir, settings=(), devices=1, more=(), log=None):
-    """Start a run in a process of its own -> Popen. log: the file for what it prints."""
+def start(model, workdir, settings=(), devices=1, more=(), log=None, lost=None):
+    """Start a run in a process of its own -> Popen.
+
+    log: the file for what it prints; lost: seconds until a silent process is given up.
+    """
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
         'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
         'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
         'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
     }
-    command = [sys.executable, '-m', 'lcm_jax.train', *arguments(model, workdir, settings), *more]
+    main = ['-c', PATIENCE.format(lost)] if lost else ['-m', 'lcm_jax.train']
+    command = [sys.executable, *main, *arguments(model, workdir, settings), *more]
     log = Path(log or f'{workdir}.log')
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'a') as out:
@@ -100,8 +105,9 @@ def start(model, workdir, settings=(), devices=1, more=(), log=None):
     return process
 
 
-def start_several(model, workdir, settings=(), processes=2, devices=4):
-    """Start one run in several processes -> [Popen]."""
+def start_several(model, workdir, settings=(), processes=2, devices=4, lost=None):
+    """Start one run in several processes -> [Popen]. settings: of all, or a list, one for each."""
+    each = settings if isinstance(settings, list) else [settings] * processes
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -109,10 +115,11 @@ def start_several(model, workdir, settings=(), processes=2, devices=4):
         start(
             model,
             workdir,
-            settings,
+            each[i],
             devices,
             (f'--coordinator=127.0.0.1:{port}', f'--processes={processes}', f'--process={i}'),
             f'{workdir}.{i}.log',
+            lost,
         )
         for i in range(processes)
     ]
