@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from lcm_jax.errors import InputError
+from lcm_jax.loop import Stopped
 
 # Keys of a config that may change when a run goes on; all others make it another run.
 MAY_CHANGE = (
@@ -68,9 +69,10 @@ class Saves:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.manager.wait_until_finished()
-        self.manager.close()
+    def __exit__(self, kind, *_):
+        if kind in (None, Stopped) or jax.process_count() == 1:  # else nobody would wait with us
+            self.manager.wait_until_finished()
+            self.manager.close()
 
     def _best_so_far(self):
         found = (self.manager.metrics(step) or {} for step in self.manager.all_steps())

@@ -24,6 +24,7 @@ from lcm_jax.feed import Feed
 from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
+from lcm_jax.peers import Peers
 from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, on_host
 from lcm_jax.step import DTYPES, program
@@ -84,7 +85,9 @@ def run(config, workdir):
                 label=config.objective,
             )
             feed.close()
-            return out.export(config.export.name, state)
+            file = out.export(config.export.name, state)
+            sharding.wait('exported')  # JAX lets no process end long before the others
+            return file
 
 
 class There(NamedTuple):
@@ -252,7 +255,8 @@ def start(config, workdir, cluster):
     """`run` as a program: joins the other processes; after SIGTERM the status is 143."""
     sharding.start_distributed(**cluster)
     try:
-        run(config, workdir)
+        with Peers(expected=(loop.Stopped,)):
+            run(config, workdir)
     except loop.Stopped as e:
         say(f'stopped by SIGTERM, saved at {e}; the same command goes on from there')
         sys.exit(STOPPED)

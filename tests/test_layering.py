@@ -15,8 +15,8 @@ LAYERS = [
     for line in """
     errors original
     tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics
-    grid stop loop saves models.flash
-    data.files logs models.attention
+    grid stop loop peers models.flash
+    data.files logs saves models.attention
     data.tars
     data.emoji data.folders
     data.emoji_tfds
