@@ -59,9 +59,8 @@ def run(config, workdir):
         )
         preview.references(state.params, there.frozen)
         resumed = saves.restore(prog.state)
-        if resumed is None:
-            say(summary(prog, mesh, config, feed))
-        else:
+        say(summary(prog, mesh, config, feed))
+        if resumed is not None:
             state, there = resumed, there._replace(state=None)
             say(f'going on from step {int(state.step)} in {workdir}')
         step = Steps(prog, mesh, c.seed)
