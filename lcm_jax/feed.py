@@ -46,9 +46,7 @@ class Feed:
         """Encode the source, each process its part."""
         config = self.config
         encode = encoder(self.model, DTYPES[config.dtype], DTYPES[config.vae_dtype])
-        with tqdm(
-            total=len(source), desc=f'encoding {source.name}', unit='it', disable=None
-        ) as bar:
+        with tqdm(total=len(source), desc=f'encoding {source.name}', unit='it', disable=None) as bar:
 
             def log(done):
                 bar.update(jax.process_count() * done - bar.n)
@@ -108,3 +106,5 @@ def report_drops(feed):
     """Say what was broken on the way."""
     if feed.loader.broken:
         say(f'{len(feed.loader.broken)} broken samples were replaced: {feed.loader.broken}')
+
+

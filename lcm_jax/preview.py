@@ -55,10 +55,7 @@ class Preview:
         ]
         from PIL import Image
 
-        cells = [
-            [Image.fromarray(x) for x in row]
-            for row in zip(self.teacher, self.base, live, strict=True)
-        ]
+        cells = [[Image.fromarray(x) for x in row] for row in zip(self.teacher, self.base, live, strict=True)]
         return np.asarray(grid(list(c.prompts), columns, cells)), {
             'distance': float(np.sqrt(np.mean(error**2))),
             'changed': float(changed.mean()),
@@ -69,9 +66,7 @@ class Preview:
         run = self.programs.setdefault((sampler, steps), self._program(sampler, steps))
         z = run(trained, frozen, self.told, np.float32(guidance))
         home = sharding.replicated(self.mesh)
-        vae = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, home, lambda i: x[i]), self.vae
-        )
+        vae = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda i: x[i]), self.vae)
         return np.asarray(self._decode()(vae, z))
 
     def _program(self, sampler, steps):
@@ -92,9 +87,7 @@ class Preview:
             )
             solver = samplers.SAMPLERS[sampler].solver(steps < samplers.SHORT)
             z = noise(len(abar), self.shape)
-            return samplers.sample(
-                guided(model, guidance), solver, z, times, jnp.asarray(abar), noise
-            )
+            return samplers.sample(guided(model, guidance), solver, z, times, jnp.asarray(abar), noise)
 
         return jax.jit(run, out_shardings=sharding.replicated(self.mesh))
 
