@@ -4,7 +4,6 @@ import itertools
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from lcm_jax import sharding
@@ -94,12 +93,19 @@ class Feed:
         found.close()
         return batches
 
+    def close(self):
+        """Stop reading, and say what was broken on the way."""
+        if self.loader.broken:
+            say(f'{len(self.loader.broken)} broken samples were replaced: {self.loader.broken}')
+        self.loader.close()
+
     def describe(self):
         """One line of what it is made of."""
         source, dropped = self.source, self.source.broken
         sizes = ', '.join(f'{h} x {w}' for h, w in self.sizes)
         gone = ''.join(f'; left out {d}' for d in (dropped, source.filtered) if d)
         return f'{source.name}: {len(source)} samples, {sizes} px{gone}'
+<<<<<<< HEAD
 
 
 def report_drops(feed):
@@ -108,3 +114,5 @@ def report_drops(feed):
         say(f'{len(feed.loader.broken)} broken samples were replaced: {feed.loader.broken}')
 
 
+=======
+>>>>>>> 98cc73a65c0a422d322d406d87e1467177500f4a

@@ -136,7 +136,7 @@ def optimizer(c):
 def lora_student(spec, base, config):
     """An adapter of the base's UNet, rank and alpha by path."""
     c = config.lora
-    alphas = L.ranks(base, tuple(c.targets) or ((L.LCM_TARGETS, c.rank, c.alpha),))
+    alphas = L.ranks(base, tuple(c.targets) or ((L.LCM_TARGETS, c.rank, c.alpha or c.rank),))
     scales = {path: alpha / rank for path, (rank, alpha) in alphas.items()}
 
     def init(key, params):

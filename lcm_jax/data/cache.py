@@ -88,8 +88,8 @@ def open_cache(folder, resolution, model=None):
     rows = rows[order]
     sizes, scores = rows[:, 4:].astype(np.int32), np.full((len(rows), len(SCORES)), np.nan)
     places = rows[:, [0, 1, 3]]  # file, record, bucket
-    index = Index([names[i] for i in order], sizes, sizes, scores, places)
     paths = [str(stem.with_suffix('.array_record')) for stem in stems]
+    index = Index([names[i] for i in order], sizes, sizes, scores, places, [], [], 0, len(paths))
     return index, functools.partial(fetch, paths, head['arrays']), head
 
 
