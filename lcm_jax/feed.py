@@ -45,7 +45,9 @@ class Feed:
         """Encode the source, each process its part."""
         config = self.config
         encode = encoder(self.model, DTYPES[config.dtype], DTYPES[config.vae_dtype])
-        with tqdm(total=len(source), desc=f'encoding {source.name}', unit='it', disable=None) as bar:
+        with tqdm(
+            total=len(source), desc=f'encoding {source.name}', unit='it', disable=None
+        ) as bar:
 
             def log(done):
                 bar.update(jax.process_count() * done - bar.n)
@@ -105,14 +107,3 @@ class Feed:
         sizes = ', '.join(f'{h} x {w}' for h, w in self.sizes)
         gone = ''.join(f'; left out {d}' for d in (dropped, source.filtered) if d)
         return f'{source.name}: {len(source)} samples, {sizes} px{gone}'
-<<<<<<< HEAD
-
-
-def report_drops(feed):
-    """Say what was broken on the way."""
-    if feed.loader.broken:
-        say(f'{len(feed.loader.broken)} broken samples were replaced: {feed.loader.broken}')
-
-
-=======
->>>>>>> 98cc73a65c0a422d322d406d87e1467177500f4a

@@ -55,7 +55,10 @@ class Saves:
                 preservation_policy=keep_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
             ),
-            item_handlers={'state': ocp.StandardCheckpointHandler(), 'recipe': ocp.JsonCheckpointHandler()},
+            item_handlers={
+                'state': ocp.StandardCheckpointHandler(),
+                'recipe': ocp.JsonCheckpointHandler(),
+            },
         )
         self.best = self._best_so_far()
 
