@@ -269,7 +269,7 @@ def test_the_two_ways_to_train_are_one(run, monkeypatch):
         'train.steps=7',
         'lora.rank=2',
         '--set',
-        "data.source='emoji:noto'",
+        'data.source=emoji:noto',
     )
     train.main(
         [
@@ -277,7 +277,7 @@ def test_the_two_ways_to_train_are_one(run, monkeypatch):
             '--workdir=w',
             '--config.train.steps=7',
             '--config.lora.rank=2',
-            "--config.data.source='emoji:noto'",
+            '--config.data.source=emoji:noto',
         ]
     )
     assert got[0] == got[1]
