@@ -67,7 +67,7 @@ def test_only_gradients_pay(args):
     forward = {name: flops(loss_of(name), *args) for name in REMAT}
     backward = {name: flops(jax.grad(loss_of(name)), *args) for name in REMAT}
     assert len({*forward.values()}) == 1
-    assert backward['blocks'] > backward['products'] > backward['none']
+    assert backward['blocks'] > backward['none']
 
 
 def test_unknown_policy(args):
