@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax import samplers, sharding
-from lcm_jax.diffusion import denoiser, guided
+from lcm_jax.diffusion import denoiser, guided, side_by_side
 from lcm_jax.draw import Plan, decode, to_uint8
 from lcm_jax.grid import grid
 
@@ -82,7 +82,7 @@ class Preview:
             )
             noise = samplers.fresh(keys)
             w = jnp.full(2 * self.shape[0], self.config.teacher_guidance - 1.0)
-            both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), told['cond'], told['null'])
+            both = jax.tree.map(side_by_side, told['cond'], told['null'])
             net = self.program.net(trained, frozen, w)
             model = denoiser(
                 lambda z, t: net(z, t, **both), schedule.prediction_type, jnp.asarray(abar)
