@@ -132,7 +132,8 @@ def side_by_side(cond, null):
 def guided(model, scale):
     """Classifier-free guidance (arXiv 2207.12598) as in diffusers: null + scale (cond - null).
 
-    `model` runs on [2B], see `side_by_side`; the result is on [B]. scale is a scalar or broadcasts against [B,h,w,C]; 1 is the condition alone. In the LCM papers'
+    `model` runs on [2B], see `side_by_side`; the result is on [B]. scale is a scalar or broadcasts
+    against [B,h,w,C]; 1 is the condition alone. In the LCM papers'
     convention, scale = 1 + w. Mixing x and eps alike keeps z = alpha x + sigma eps.
     """
 
