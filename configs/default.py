@@ -15,11 +15,13 @@ def get_config():
     c.data = ml_collections.ConfigDict()
     c.data.source = 'emoji'  # FAMILY:WHAT; families: emoji, emoji-heldout, wds, tfds, array_record,
     # folder, synthetic, cache (see lcm_jax/data/sources.py)
-    c.data.cache = False  # encode all of it once, into workdir/cache; crops and flips are fixed then
+    c.data.cache = (
+        False  # encode all of it once, into workdir/cache; crops and flips are fixed then
+    )
     c.data.validation = ''  # a source that is not trained on, for the metric 'validation'
     c.data.validation_batches = 4  # of it that are judged by, always the same
     c.data.resolution = 64  # px, of the square cut out; with buckets, of one of their area
-    c.data.crop = 'center'  # or random
+    c.data.crop = 'random'  # or center
     c.data.flip = False  # from left to right, half of the time
     c.data.buckets = False  # cut each picture to a shape near its own, one shape a batch
     c.data.caption = 'txt'  # extension of the caption file, or a field of the JSON
@@ -29,12 +31,12 @@ def get_config():
     c.data.max_unsafe = 0.0  # LAION's punsafe, 0..1
     c.data.max_dropped = 0.05  # share of broken samples and of unreadable files that is borne
     c.data.seed = 0  # order of the samples, crops and flips
-    c.data.threads = 4  # that read and decode, in each process
+    c.data.threads = 8  # that read and decode, in each process
     c.data.workers = 0  # processes that read and decode; 0: the trainer's own
 
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 64
-    c.lora.alpha = 64.0  # the update is alpha / rank * down @ up
+    c.lora.alpha = 0.0  # the update is alpha / rank * down @ up; 0: alpha is the rank
     c.lora.targets = ()  # rows (regex on parameter paths, rank, alpha), the first match counts;
     # empty: the modules that LCM-LoRA adapts, with the rank and alpha above
 
@@ -45,9 +47,13 @@ def get_config():
     c.distill = ml_collections.ConfigDict()
     c.distill.solver = 'ddim'  # of the teacher's step: ddim; dpm or dpm++ (two evaluations)
     c.distill.solver_steps = 50  # N: times at which the LCM is defined; the skip is 1000 / N
-    c.distill.w = 'script'  # guidance of the teacher in the papers' convention (usual scale: 1 + w):
+    c.distill.w = (
+        'script'  # guidance of the teacher in the papers' convention (usual scale: 1 + w):
+    )
     # W, LOW:HIGH, or paper 2:14, report 7.5, script 5:15, script_sdxl 3:15
-    c.distill.null = 'model'  # the teacher's null condition: model (as it was trained), empty, zeros
+    c.distill.null = (
+        'model'  # the teacher's null condition: model (as it was trained), empty, zeros
+    )
     c.distill.distance = 'huber'  # huber or l2
     c.distill.huber_c = 0.001  # latent units
     c.distill.target = 'student'  # network that gives the target: student or ema
@@ -59,7 +65,7 @@ def get_config():
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other
     c.train.remat = 'none'  # what the student's backward pass computes again (models/unet.py)
     c.train.lr = 1e-4  # peak
-    c.train.warmup = 0  # steps
+    c.train.warmup = 50  # steps
     c.train.decay = False  # cosine to 1 % of the peak over the run (else constant)
     c.train.b2 = 0.999  # Adam's second decay
     c.train.weight_decay = 0.0
@@ -67,11 +73,15 @@ def get_config():
     c.train.ema_decay = 0.95  # per step; 0: no average is kept
     c.train.caption_dropout = 0.0  # share of captions replaced by the null condition
     c.train.seed = 0  # of the start, noise, times and guidance
-    c.train.max_skipped = 10  # steps in a row with gradients that are not finite before the run ends
+    c.train.max_skipped = (
+        10  # steps in a row with gradients that are not finite before the run ends
+    )
     c.train.log_every = 20  # steps
     c.train.save_every = 200  # steps; pictures are drawn then too
     c.train.keep = 2  # newest checkpoints that are kept
-    c.train.best = 'distance'  # metric by which the best is kept and exported: distance, validation;
+    c.train.best = (
+        'distance'  # metric by which the best is kept and exported: distance, validation;
+    )
     # empty: none
 
     c.mesh = ml_collections.ConfigDict()
@@ -93,7 +103,7 @@ def get_config():
     c.preview.steps = 4
     c.preview.guidance = 1.0
     c.preview.teacher_steps = 50  # DDIM, of the base: what the pictures' distance is taken to
-    c.preview.teacher_guidance = 7.5
+    c.preview.teacher_guidance = 4.0
     c.preview.seed = 0
 
     c.export = ml_collections.ConfigDict()

@@ -3,26 +3,20 @@
 python -m lcm_jax.train --config=configs/emoji_lcm_lora.py --workdir=runs/emoji_lcm_lora
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 
 def get_config():
-    spec = importlib.util.spec_from_file_location('default', Path(__file__).with_name('default.py'))
-    default = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(default)
-    c = default.get_config()
+    c = runpy.run_path(str(Path(__file__).with_name('default.py')))['get_config']()
     c.data.source = 'emoji:noto,twemoji'
     c.data.cache = True
     c.lora.rank = 32
-    c.lora.alpha = 32.0
     c.distill.w = '2:4'
     c.train.steps = 1500
     c.train.lr = 1e-3
-    c.train.warmup = 50
     c.train.decay = True
     c.train.ema_decay = 0.98
-    c.preview.teacher_guidance = 4.0
     c.export.name = 'lcm_lora'
     c.export.weights = 'ema'
     return c

@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from lcm_jax import lora_cli
+from lcm_jax import data_cli, lora_cli, plan_cli
 from lcm_jax.errors import InputError
 
 EPILOG = """examples:
@@ -14,6 +14,7 @@ EPILOG = """examples:
   lcm-jax sample "a red heart, noto emoji" --lora lcm --count 4 --out hearts.png
   lcm-jax sample "a cat, noto emoji" --lora lcm --image in.png --strength 0.6 --out cat.png
   lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji --set train.steps=200
+  lcm-jax data check emoji --sheet sheet.png
   lcm-jax lora inspect demo-out/lcm_lora.safetensors
 
 lcm-jax VERB --help says what a verb takes."""
@@ -34,14 +35,16 @@ def demo(args):
 
 
 def train(args):
-    from lcm_jax.train import parse, run
+    from lcm_jax.train import parse, start
 
-    run(
+    cluster = {k: getattr(args, k) for k in ('coordinator', 'processes', 'process')}
+    start(
         *parse(
             [
                 f'--config={args.config}',
                 f'--workdir={args.workdir}',
                 *(f'--config.{setting}' for setting in args.set),
+                *(f'--{k}={value}' for k, value in cluster.items() if value is not None),
             ]
         )
     )
@@ -118,7 +121,7 @@ def parser():
     p.add_argument('--out', default='demo-out', help='folder for pictures, report and LoRA')
     p.add_argument('--steps', type=positive, default=400, help='steps of distillation')
 
-    p = verb(train, 'train', 'distil from a config file (as python -m lcm_jax.train does)')
+    p = verb(train, 'train', 'distil or fine-tune from a config file (as python -m lcm_jax.train)')
     p.add_argument('--config', required=True, help='a file such as configs/emoji_lcm_lora.py')
     p.add_argument('--workdir', required=True, help='folder for checkpoints, logs and the LoRA')
     p.add_argument(
@@ -129,6 +132,9 @@ def parser():
         metavar='KEY=VALUE',
         help='keys of configs/default.py, e.g. train.steps=200',
     )
+    p.add_argument('--coordinator', help="HOST:PORT of the first of several processes, or 'auto'")
+    p.add_argument('--processes', type=int, help='how many there are')
+    p.add_argument('--process', type=int, help='which of them this is, from 0')
 
     sample_arguments(verb(sample, 'sample', 'draw pictures'))
 
@@ -156,6 +162,8 @@ def parser():
         '--prediction-type', help='epsilon, v_prediction or sample, in place of what the model says'
     )
 
+    data_cli.add(verbs, verb)
+    plan_cli.add(verb)
     lora_cli.add(verbs, verb)
     return main
 

@@ -121,20 +121,28 @@ def denoiser(net, kind, abar):
     return model
 
 
+def side_by_side(cond, null):
+    """Two arrays [B,...] -> [2B,...]: of each sample its condition and its null condition, in turn.
+
+    One after the other, not first all of one: so both are on the device that has the sample.
+    """
+    return jnp.stack([cond, null], 1).reshape(-1, *cond.shape[1:])
+
+
 def guided(model, scale):
     """Classifier-free guidance (arXiv 2207.12598) as in diffusers: null + scale (cond - null).
 
-    `model` runs on [2B], the condition first and the null condition second; the result is on [B].
-    scale is a scalar or broadcasts against [B,h,w,C]; 1 is the condition alone. In the LCM papers'
+    `model` runs on [2B], see `side_by_side`; the result is on [B]. scale is a scalar or broadcasts
+    against [B,h,w,C]; 1 is the condition alone. In the LCM papers'
     convention, scale = 1 + w. Mixing x and eps alike keeps z = alpha x + sigma eps.
     """
 
     def wrapped(z, t):
         t = jnp.broadcast_to(t, z.shape[:1])
-        both = model(jnp.concatenate([z, z]), jnp.concatenate([t, t]))
+        both = model(side_by_side(z, z), side_by_side(t, t))
 
         def mix(y):
-            cond, null = jnp.split(y, 2)
+            cond, null = jnp.moveaxis(y.reshape(-1, 2, *y.shape[1:]), 1, 0)
             return null + scale * (cond - null)
 
         return jax.tree.map(mix, both)

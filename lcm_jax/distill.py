@@ -12,7 +12,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lcm_jax.diffusion import alpha_sigma, boundary, denoiser, expand, guided, output_of
+from lcm_jax.diffusion import (
+    alpha_sigma,
+    boundary,
+    denoiser,
+    expand,
+    guided,
+    output_of,
+    side_by_side,
+)
 from lcm_jax.errors import InputError, choose
 from lcm_jax.samplers import ODE_STEPS
 
@@ -117,7 +125,7 @@ def lcm(nets, batch, draws, noise, *, solver, distance, huber_c):
     Raises InputError for an unknown solver, distance or prediction type.
     """
     measure, step = choose('distance', distance, DISTANCES), choose('solver', solver, ODE_STEPS)
-    both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), batch['cond'], batch['null'])
+    both = jax.tree.map(side_by_side, batch['cond'], batch['null'])
     model = denoiser(lambda z, t: nets.teacher(z, t, **both), noise.kind, noise.abar)
     model = guided(model, expand(1 + draws.w, batch['z'].ndim))
     z_t = _noised(batch['z'], draws.noise, draws.t, noise.abar)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax import samplers
 from lcm_jax.conditioning import guidance_embedding
-from lcm_jax.diffusion import alpha_sigma, denoiser, guided
+from lcm_jax.diffusion import alpha_sigma, denoiser, guided, side_by_side
 from lcm_jax.encode import moments
 from lcm_jax.errors import InputError
 from lcm_jax.models.layers import in_strips
@@ -135,8 +135,8 @@ def _model(plan, params, abar, rows, channels, guidance):
         w = jnp.full(len(rows['noise']), guidance - 1.0)
         cond = cond | {'w': guidance_embedding(w, plan.unet.w_dim)}
     if null is not None:
-        cond = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), cond, null)
-        channels = [jnp.concatenate([c, c]) for c in channels]
+        cond = jax.tree.map(side_by_side, cond, null)
+        channels = [side_by_side(c, c) for c in channels]
 
     def net(z, t):
         z = jnp.concatenate([z, *channels], -1)

@@ -9,10 +9,10 @@ import numpy as np
 
 from lcm_jax import metrics
 from lcm_jax.data.emoji import to_float
+from lcm_jax.encode import batched
 from lcm_jax.grid import pixels
 from lcm_jax.models.clip import ImageEncoder, TextEncoder
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.train import batched
 
 BATCH = 16  # pictures drawn at a time
 

@@ -52,7 +52,9 @@ def export_folder(folder, trained, model, spec, config):
     """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM pipeline."""
     ckpt, part = model.checkpoint, Path(f'{folder}.part')
     found = {name: ckpt.tensors(name) for name in ckpt.configs if name != 'unet'}
-    base = ckpt.tensors('unet') if len(trained) < len(weights.keys(shapes.unet_shapes(spec))) else {}
+    base = (
+        ckpt.tensors('unet') if len(trained) < len(weights.keys(shapes.unet_shapes(spec))) else {}
+    )
     found['unet'] = weights.unbind(_tree(trained, base, spec))
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +65,9 @@ def export_folder(folder, trained, model, spec, config):
         changes[Path(INDEX)] = {'_class_name': 'LatentConsistencyModelPipeline'}
     if config.objective != 'denoise':
         changes[SCHEDULER] = {'_class_name': 'LCMScheduler'}
-        changes[Path(INDEX)] = changes.get(Path(INDEX), {}) | {'scheduler': ['diffusers', 'LCMScheduler']}
+        changes[Path(INDEX)] = changes.get(Path(INDEX), {}) | {
+            'scheduler': ['diffusers', 'LCMScheduler']
+        }
     for file, change in changes.items():
         text = json.dumps(read_json(part / file) | change, indent=2) + '\n'
         (part / file).write_text(text)

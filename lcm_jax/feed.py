@@ -1,22 +1,39 @@
 """What a run is fed: batches of its data on the mesh, from any step on, and a fixed set to judge by."""
 
+import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from lcm_jax import sharding
+from lcm_jax.data.cache import complete, part_name
 from lcm_jax.data.cache_fill import write_cache
 from lcm_jax.data.loader import loader
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.encode import encoder
+from lcm_jax.errors import InputError
 from lcm_jax.logs import say
 from lcm_jax.step import DTYPES
 
+MADE_OF = 'made_of.json'  # in a cache's folder
+HOW = ('source', 'threads', 'workers', 'max_dropped')  # what it does not depend on
 OURS = ('cache', 'validation', 'validation_batches')  # keys of `data` that are read here
+
+
+def check_made_of(file, now):
+    """InputError for a cache that was made of something else."""
+    before = json.loads(file.read_text()) if file.is_file() else now
+    changed = [k for k in now if before.get(k) != now[k]]
+    if changed:
+        key = changed[0]
+        raise InputError(
+            f'{file.parent} was made with {key} = {before.get(key)!r} (now {now[key]!r}); go on with '
+            'its settings, or give another workdir'
+        )
 
 
 class Feed:
@@ -37,16 +54,38 @@ class Feed:
     def open(self, name, folder):
         if not self.config.data.cache or name.startswith('cache:'):
             return open_source(name, self.settings, self.config.model)
-        if not any(folder.glob('part-*.json')):
-            self.fill(open_source(name, self.settings), folder)
-        sharding.wait('cache')
+        made_of = self.made_of(name)
+        check_made_of(folder / MADE_OF, made_of)
+        if not complete(folder):
+            sharding.wait('cache')  # all look before one writes
+            self.fill(open_source(name, self.settings), folder, made_of)
+            sharding.wait('cache filled')
         return open_source(f'cache:{folder}', self.settings, self.config.model)
 
-    def fill(self, source, folder):
-        """Encode the source, each process its part."""
+    def made_of(self, name):
+        """All that a cache depends on -> {key of the config: value}, 'source' being the name."""
+        config, settings = self.config, dataclasses.asdict(self.settings)
+        kept = {f'data.{k}': x for k, x in settings.items() if k not in HOW}
+        return {k: config[k] for k in ('model', 'dtype', 'vae_dtype')} | kept | {'source': name}
+
+    def fill(self, source, folder, made_of):
+        """Encode the source, each process its part, unless that is there already."""
         config = self.config
+        part = part_name(jax.process_index(), jax.process_count())
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.glob('part-*'):  # of a run in another number of processes
+                if part.partition('-of-')[2] != file.stem.partition('-of-')[2]:
+                    file.unlink()
+            whole = folder / f'.{MADE_OF}'
+            whole.write_text(json.dumps(made_of, indent=1) + '\n')
+            whole.replace(folder / MADE_OF)
+        if (folder / f'{part}.json').is_file():
+            return
         encode = encoder(self.model, DTYPES[config.dtype], DTYPES[config.vae_dtype])
-        with tqdm(total=len(source), desc=f'encoding {source.name}', unit='it', disable=None) as bar:
+        with tqdm(
+            total=len(source), desc=f'encoding {source.name}', unit='it', disable=None
+        ) as bar:
 
             def log(done):
                 bar.update(jax.process_count() * done - bar.n)
@@ -94,17 +133,15 @@ class Feed:
         found.close()
         return batches
 
+    def close(self):
+        """Stop reading, and say what was broken on the way."""
+        if self.loader.broken:
+            say(f'{len(self.loader.broken)} broken samples were replaced: {self.loader.broken}')
+        self.loader.close()
+
     def describe(self):
         """One line of what it is made of."""
         source, dropped = self.source, self.source.broken
         sizes = ', '.join(f'{h} x {w}' for h, w in self.sizes)
         gone = ''.join(f'; left out {d}' for d in (dropped, source.filtered) if d)
         return f'{source.name}: {len(source)} samples, {sizes} px{gone}'
-
-
-def report_drops(feed):
-    """Say what was broken on the way."""
-    if feed.loader.broken:
-        say(f'{len(feed.loader.broken)} broken samples were replaced: {feed.loader.broken}')
-
-

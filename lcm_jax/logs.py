@@ -1,12 +1,17 @@
 """What a run tells: TensorBoard, a file of JSON lines, and what it costs."""
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
 
 import jax
+from PIL import Image
 from tensorboardX import SummaryWriter
+
+from lcm_jax.chips import chip
+from lcm_jax.tree import count, named
 
 
 class Writer:
@@ -20,12 +25,12 @@ class Writer:
         self.active = jax.process_index() == 0
         if not self.active:
             return
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.board, file = SummaryWriter(str(workdir)), workdir / 'metrics.jsonl'
+        self.workdir = Path(workdir)
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        self.board, file = SummaryWriter(str(workdir)), self.workdir / 'metrics.jsonl'
         kept = _whole_lines(file.read_text()) if file.is_file() else []
         file.write_text(''.join(line + '\n' for line in kept if json.loads(line)['step'] <= start))
-        self.lines = open(file, 'a')
+        self.lines = open(file, 'a')  # noqa: SIM115 - closed with the writer
 
     def __enter__(self):
         return self
@@ -43,8 +48,11 @@ class Writer:
                 self.board.add_scalar(name, value, step)
 
     def picture(self, step, name, picture):
-        """picture [H,W,3] uint8."""
+        """picture [H,W,3] uint8, to TensorBoard and as NAME/STEP.png."""
         if self.active:
+            file = self.workdir / name / f'{step:06d}.png'
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(file)
             self.board.add_image(name, picture, step, dataformats='HWC')
 
 
@@ -71,3 +79,60 @@ def size(n):
         if n < 1000 or unit == 'TB':
             return f'{n:.3g} {unit}'
         n /= 1000
+
+
+class Meter:
+    """Reports of a run's progress: losses, speed, memory.
+
+    rate: step -> learning rate; samples: of one step; flops: of one step, over all devices.
+    """
+
+    def __init__(self, writer, rate, samples, flops):
+        self.writer, self.rate, self.samples = writer, rate, samples
+        devices = jax.devices()
+        self.tflop, self.peak = flops / 1e12, chip(devices[0]).flops / 1e12 * len(devices)
+
+    def report(self, step, metrics, seconds, waited):
+        """The metrics of one step; seconds of a step, and its part spent waiting for data."""
+        speed = self.tflop / seconds
+        values = metrics | {
+            'lr': float(self.rate(step)),
+            'images_per_second': self.samples / seconds,
+            'step_seconds': seconds,
+            'data_wait_seconds': waited,
+            'compute_seconds': seconds - waited,
+            'tflops': speed,
+            'memory_bytes': memory(),
+        }
+        if not math.isnan(self.peak):
+            values['share_of_peak'] = speed / self.peak
+        self.writer.scalars(step, values)
+
+
+def summary(prog, mesh, config, feed):
+    """What will be trained, from what, on what -> text of a few lines."""
+    trained = jax.tree.leaves(prog.state.params)
+    kinds = {
+        'frozen': prog.frozen,
+        'trained': prog.state.params,
+        'average': prog.state.ema,
+        'optimizer': prog.state.opt,
+    }
+    lines = [
+        f'{config.objective} of {config.model}: training {count(prog.state.params):,} parameters '
+        f'in {len(trained)} arrays ({config.trains}), over {count(prog.frozen):,} frozen ones',
+        f'data {feed.describe()}; {config.train.steps} steps of {config.train.batch}; captions of '
+        f'{feed.tokenizers[0].length} tokens',
+        f'mesh {" x ".join(f"{k} {n}" for k, n in mesh.shape.items())}: {mesh.size} '
+        f'{mesh.devices.flat[0].device_kind}, {jax.process_count()} processes',
+    ]
+    for kind, tree in kinds.items():
+        leaves = named(tree)
+        if leaves:
+            path, x = max(leaves, key=lambda item: item[1].size)
+            total = size(sum(x.size * x.dtype.itemsize for _, x in leaves))
+            spec = ', '.join(map(str, x.sharding.spec))
+            lines.append(
+                f'{kind:9} {total:>8}, the largest {path} {x.shape} {x.dtype} over ({spec})'
+            )
+    return '\n'.join(lines)

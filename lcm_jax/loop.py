@@ -106,7 +106,7 @@ class Watch:
 
     def _read(self):
         step, metrics, names = self.pending.popleft()
-        self.last = {name: float(value) for name, value in metrics.items()}
+        self.last = {name: float(metrics[name]) for name in ('loss', 'grad_norm', 'finite')}
         if self.last.pop('finite'):
             self.bad = []
             return

@@ -32,9 +32,12 @@ class Model:
         """Names of components -> {component: parameters}, each placed straight on its devices.
 
         dtypes: by component. sharding: as `Checkpoint.load` takes it, for all or by component.
+        Raises InputError for what does not fit its config, or the VAE the UNet.
         """
         homes = sharding if isinstance(sharding, dict) else dict.fromkeys(parts, sharding)
-        return {part: self.sources[part].load(part, dtypes[part], homes[part]) for part in parts}
+        found = {part: self.sources[part].load(part, dtypes[part], homes[part]) for part in parts}
+        check_channels(self.specs['unet'], self.specs['vae'], self.checkpoint.folder)
+        return found
 
     def tokenizers(self):
         """-> a Tokenizer for each text encoder."""
@@ -55,7 +58,6 @@ def describe(name, prediction_type=None, vae=None):
     if vae is not None:
         sources['vae'] = open_part(vae, 'vae')
     specs = {part: source.spec(part) for part, source in sources.items()}
-    check_channels(specs['unet'], specs['vae'], ckpt.folder)
     grid = ckpt.configs['unet'].get('sample_size') or 64
     height, width = grid if isinstance(grid, list) else (grid, grid)
     factor = specs['vae'].factor

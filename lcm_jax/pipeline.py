@@ -202,7 +202,7 @@ class Pipeline:
         sampler: a key of samplers.SAMPLERS; steps: how many network steps; spacing: a key of
         samplers.SPACINGS, or timesteps: falling list of ints, in place of the sampler's own.
         guidance has diffusers' meaning (1: none). The default is 'lcm' with 4 steps if an
-        acceleration LoRA is loaded (guidance 1) or the UNet is a full LCM, 'ddim' with 50 steps and
+        acceleration LoRA is loaded (guidance 1) or the model is an LCM, 'ddim' with 50 steps and
         the family's guidance otherwise.
 
         size: (height, width) px; default the image's, rounded down to what fits, or the model's.
@@ -222,7 +222,8 @@ class Pipeline:
             sampler,
             guidance,
             negative,
-            lora=any(a.accelerates and a.scale for a in self.adapters.values()),
+            lora=self.schedule.few_steps
+            or any(a.accelerates and a.scale for a in self.adapters.values()),
             embedded=bool(unet.w_dim),
             default=self.family.guidance,
         )

@@ -1,33 +1,32 @@
-"""What a program costs on accelerators that are not here: compiled for them ahead of time.
+"""What a program asks of accelerators that are not here: compiled for them ahead of time.
 
 TPUs need `jax[tpu]` installed and nothing more; without one, set JAX_PLATFORMS=cpu.
 """
 
+import math
 import re
 import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lcm_jax.models import shapes
-from lcm_jax.models.layers import in_strips
-from lcm_jax.models.tiny import autoencoder
-from lcm_jax.models.unet import UNet
+from lcm_jax import hlo
+from lcm_jax.chips import GIB, Chip, chip
+from lcm_jax.errors import InputError
+from lcm_jax.flops import flops
 
-TOKENS = 77  # of text context
+PLATFORMS = {'gpu': 'cuda'}  # as `lax.platform_dependent` names them
 
 
-class Forward(NamedTuple):
-    """fn(params, inputs), the shapes that one chip gives it, and the tokens of its self-attention."""
+class Program(NamedTuple):
+    """A function with abstract arguments that say where they lie on a mesh."""
 
     fn: callable
-    params: dict
-    inputs: dict  # or one array
-    tokens: set[int]
+    args: dict  # by kind, in the order that fn takes them
+    mesh: jax.sharding.Mesh
+    samples: int  # that one call works on
+    donated: tuple[str, ...] = ()  # kinds whose memory the results take
+    out: object = None  # shardings of the result
 
 
 class Cost(NamedTuple):
@@ -38,83 +37,106 @@ class Cost(NamedTuple):
     bytes_accessed: float
     temporaries: int  # bytes
     arguments: int  # bytes
+    results: int  # bytes, beyond those that take the arguments' place
+    code: int  # bytes
     hlo: str
 
-    def squares(self, tokens):
-        """How often the program names an array with two neighbouring dimensions of so many tokens."""
-        return len(re.findall(rf'\[(?:\d+,)*{tokens},{tokens}(?:,\d+)*\]', self.hlo))
+    @property
+    def peak(self):
+        """Bytes that the program needs."""
+        return self.temporaries + self.arguments + self.results + self.code
 
 
-def unet_forward(model, size, batch, dtype):
-    """The UNet of a ModelSpec for a chip's batch of pictures of size x size px."""
-    spec, side = model.unet, size // model.vae.factor
+class TooLarge(InputError):
+    """The compiler's word that a program does not fit; `needed` and `memory` are bytes or NaN."""
 
-    def array(*shape, dtype=dtype):
-        return jax.ShapeDtypeStruct((batch, *shape), dtype)
-
-    def fn(params, inputs):
-        def unet(z):
-            return UNet(spec).apply({'params': params}, **inputs | {'z': z})
-
-        return in_strips(unet, inputs['z'], spec.factor, batch)
-
-    inputs = {
-        'z': array(side, side, spec.in_channels),
-        't': array(dtype=jnp.float32),
-        'context': array(TOKENS, spec.context_dim),
-    }
-    if spec.pooled_dim:
-        inputs |= {'pooled': array(spec.pooled_dim), 'sizes': array(6, dtype=jnp.float32)}
-    if spec.w_dim:
-        inputs['w'] = array(spec.w_dim)
-    tokens = {(side // 2**i) ** 2 for i, depths in enumerate(spec.down) if any(depths)}
-    return Forward(fn, shapes.unet_shapes(spec, dtype), inputs, tokens)
+    def __init__(self, text):
+        numbers = re.findall(
+            r'[Uu]sed (\d[\d.]*)([KMGT]) of (\d[\d.]*)([KMGT])', text
+        ) or re.findall(
+            r'\((\d[\d.]*)([KMGT])\) exceeds available \w+ \((\d[\d.]*)([KMGT])\)', text
+        )
+        units = dict(zip('KMGT', (2**10, 2**20, GIB, 2**40), strict=True))
+        a, b, c, d = numbers[0] if numbers else ('nan', 'G', 'nan', 'G')
+        self.needed, self.memory = float(a) * units[b], float(c) * units[d]
+        super().__init__(text.splitlines()[0])
 
 
-def vae_forward(model, size, batch, dtype):
-    """The VAE decoder of a ModelSpec for a chip's batch of pictures of size x size px."""
-    spec, side = model.vae, size // model.vae.factor
-
-    def fn(params, z):
-        def decode(z):
-            return autoencoder(spec).apply({'params': params}, z, method='decode')
-
-        return in_strips(decode, z, 1, batch)
-
-    z = jax.ShapeDtypeStruct((batch, side, side, spec.latent_channels), dtype)
-    return Forward(fn, shapes.vae_shapes(spec, dtype), z, {side**2})
-
-
-FORWARDS = {'unet': unet_forward, 'vae': vae_forward}
-
-
-def compiled_for(topology, fn, params, inputs):
-    """Compile fn(params, inputs) for a named set of TPU chips ('v5e:2x2') -> Cost of one of them.
-
-    Each chip holds all parameters and its own inputs: those of all are joined along the first axis.
-    """
-    devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-    mesh = Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
-
-    def place(tree, chips, *axes):
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-
-        def one(x):
-            shape = (chips * x.shape[0], *x.shape[1:])
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
-
-        return jax.tree.map(one, tree)
-
-    lowered = jax.jit(fn).lower(place(params, 1), place(inputs, len(devices), 'data'))
+def compiled(program):
+    """Program -> Cost. Raises TooLarge where the compiler finds that it does not fit."""
+    donated = tuple(i for i, kind in enumerate(program.args) if kind in program.donated)
+    jitted = jax.jit(program.fn, donate_argnums=donated, out_shardings=program.out)
+    lowered = jitted.lower(*program.args.values())
     start = time.perf_counter()
-    compiled = lowered.compile()
+    try:
+        done = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if 'RESOURCE_EXHAUSTED' not in str(e):
+            raise
+        raise TooLarge(str(e)) from e
     seconds = time.perf_counter() - start
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    cost, memory = done.cost_analysis(), done.memory_analysis()
     return Cost(
         seconds,
-        cost['flops'],
-        cost['bytes accessed'],
+        cost.get('flops', math.nan),
+        cost.get('bytes accessed', math.nan),
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,
-        compiled.as_text(),
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        done.as_text(),
+    )
+
+
+class Report(NamedTuple):
+    """What a program asks of one device, and what the device has."""
+
+    chip: Chip
+    devices: int
+    samples: int  # of one call, on all devices
+    memory: dict[str, float]  # bytes by kind
+    needed: float  # bytes; the compiler's word where it refused
+    flops: float  # products and convolutions
+    cost: Cost | None  # None: the compiler refused
+    collectives: list
+
+    @property
+    def spare(self):
+        """Bytes left; negative: the program does not fit."""
+        return self.chip.memory - self.needed
+
+    @property
+    def seconds(self):
+        """The least a call can take: of its arithmetic and of its memory's traffic."""
+        return self.flops / self.chip.flops, self.cost.bytes_accessed / self.chip.bandwidth
+
+
+def report(program):
+    """Compile a Program -> Report."""
+    mesh, n = program.mesh, program.mesh.devices.size
+    device = mesh.devices.flat[0]
+    own, memory = chip(device), {kind: held(tree) for kind, tree in program.args.items()}
+    platform = PLATFORMS.get(device.platform, device.platform)
+    work = flops(program.fn, *program.args.values(), platform=platform) / n
+    memory = {kind: size for kind, size in memory.items() if size}
+    common = n, program.samples
+    try:
+        cost = compiled(program)
+    except TooLarge as e:
+        own = own if math.isnan(e.memory) else own._replace(memory=e.memory)
+        return Report(own, *common, memory, e.needed, work, None, [])
+    memory |= {
+        'layout': max(0, cost.arguments - sum(memory.values())),
+        'results': cost.results,
+        'temporaries': cost.temporaries,
+        'code': cost.code,
+    }
+    sent = hlo.collectives(cost.hlo, dict(mesh.shape))
+    return Report(own, *common, memory, cost.peak, work, cost, sent)
+
+
+def held(tree):
+    """Bytes of abstract arrays with shardings on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )

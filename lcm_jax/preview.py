@@ -5,9 +5,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from lcm_jax import samplers, sharding
-from lcm_jax.diffusion import denoiser, guided
+from lcm_jax.diffusion import denoiser, guided, side_by_side
 from lcm_jax.draw import Plan, decode, to_uint8
 from lcm_jax.grid import grid
 
@@ -18,10 +19,10 @@ class Preview:
     """Draws with what is trained, beside the teacher and the base, whose pictures it keeps in `file`.
 
     told: {'cond', 'null'} of the prompts, in numpy; vae: its parameters, on the host while nothing
-    is drawn. All processes call it alike, and each gets all pictures.
+    is drawn; size: (height, width) px. All processes call it alike, and each gets all pictures.
     """
 
-    def __init__(self, model, program, mesh, config, told, vae, size, file):
+    def __init__(self, model, program, mesh, config, *, told, vae, size, file):
         self.model, self.config, self.mesh = model, config, mesh
         self.told, self.vae, self.file = told, vae, Path(file)
         factor, n = model.specs['vae'].factor, len(config.prompts)
@@ -53,9 +54,10 @@ class Preview:
             f'base\n{c.sampler} {c.steps}',
             f'trained\n{c.sampler} {c.steps}',
         ]
-        from PIL import Image
-
-        cells = [[Image.fromarray(x) for x in row] for row in zip(self.teacher, self.base, live, strict=True)]
+        cells = [
+            [Image.fromarray(x) for x in row]
+            for row in zip(self.teacher, self.base, live, strict=True)
+        ]
         return np.asarray(grid(list(c.prompts), columns, cells)), {
             'distance': float(np.sqrt(np.mean(error**2))),
             'changed': float(changed.mean()),
@@ -66,7 +68,7 @@ class Preview:
         run = self.programs.setdefault((sampler, steps), self._program(sampler, steps))
         z = run(trained, frozen, self.told, np.float32(guidance))
         home = sharding.replicated(self.mesh)
-        vae = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, home, lambda i: x[i]), self.vae)
+        vae = jax.tree.map(lambda x: sharding.put(x, home), self.vae)
         return np.asarray(self._decode()(vae, z))
 
     def _program(self, sampler, steps):
@@ -80,14 +82,16 @@ class Preview:
             )
             noise = samplers.fresh(keys)
             w = jnp.full(2 * self.shape[0], self.config.teacher_guidance - 1.0)
-            both = jax.tree.map(lambda c, n: jnp.concatenate([c, n]), told['cond'], told['null'])
+            both = jax.tree.map(side_by_side, told['cond'], told['null'])
             net = self.program.net(trained, frozen, w)
             model = denoiser(
                 lambda z, t: net(z, t, **both), schedule.prediction_type, jnp.asarray(abar)
             )
             solver = samplers.SAMPLERS[sampler].solver(steps < samplers.SHORT)
             z = noise(len(abar), self.shape)
-            return samplers.sample(guided(model, guidance), solver, z, times, jnp.asarray(abar), noise)
+            return samplers.sample(
+                guided(model, guidance), solver, z, times, jnp.asarray(abar), noise
+            )
 
         return jax.jit(run, out_shardings=sharding.replicated(self.mesh))
 

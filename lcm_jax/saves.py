@@ -1,6 +1,7 @@
 """Checkpoints of a run: written beside the training, whole or not at all, restored on any mesh."""
 
 import logging
+import math
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from lcm_jax.errors import InputError
+from lcm_jax.loop import Stopped
 
 # Keys of a config that may change when a run goes on; all others make it another run.
 MAY_CHANGE = (
@@ -45,7 +47,9 @@ class Saves:
         if best:
             policies.append(
                 keep_policy.BestN(
-                    get_metric_fn=lambda m: -m[best], n=1, keep_checkpoints_without_metrics=False
+                    get_metric_fn=lambda m: -m.get(best, math.inf),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
                 )
             )
         logging.getLogger('absl').setLevel(logging.ERROR)  # a page for every checkpoint
@@ -55,20 +59,24 @@ class Saves:
                 preservation_policy=keep_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
             ),
-            item_handlers={'state': ocp.StandardCheckpointHandler(), 'recipe': ocp.JsonCheckpointHandler()},
+            item_handlers={
+                'state': ocp.StandardCheckpointHandler(),
+                'recipe': ocp.JsonCheckpointHandler(),
+            },
         )
         self.best = self._best_so_far()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.manager.wait_until_finished()
-        self.manager.close()
+    def __exit__(self, kind, *_):
+        if kind in (None, Stopped) or jax.process_count() == 1:  # else nobody would wait with us
+            self.manager.wait_until_finished()
+            self.manager.close()
 
     def _best_so_far(self):
         found = (self.manager.metrics(step) or {} for step in self.manager.all_steps())
-        return min((m[self.metric] for m in found if self.metric in m), default=float('inf'))
+        return min((m[self.metric] for m in found if self.metric in m), default=math.inf)
 
     def restore(self, abstract):
         """The newest state, placed as `abstract` says (ShapeDtypeStructs), or None if there is none."""
@@ -106,7 +114,7 @@ class Saves:
 
     def improves(self, metrics):
         """Whether these metrics are the best so far; they are then."""
-        value = metrics.get(self.metric, float('inf'))
+        value = metrics.get(self.metric, math.inf)
         better = value < self.best
         self.best = min(self.best, value)
         return better

@@ -35,6 +35,7 @@ class Schedule(NamedTuple):
     spacing: str | None  # of the steps; None: the sampler's own
     offset: int  # of `leading` times
     ends: dict[str, int]  # sampler -> its last target time, where it is not the sampler's own
+    few_steps: bool = False  # a consistency model: drawn by 'lcm' unless one asks otherwise
 
     def times(self, sampler, steps, spacing=None, strength=1.0):
         """-> [m+1] int32 times, as `samplers.times` gives them for this model."""
@@ -86,4 +87,5 @@ def read_schedule(config, source='scheduler/scheduler_config.json'):
         spacing if spacing == 'trailing' else None,
         config.get('steps_offset', 1),
         ends,
+        config.get('_class_name') == 'LCMScheduler',
     )

@@ -130,20 +130,6 @@ def batch_sharding(mesh):
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
-def groups(mesh):
-    """How many groups of devices hold different rows of a batch."""
-    return math.prod(mesh.shape[axis] for axis in BATCH)
-
-
-def placed(tree, mesh, rules=RULES):
-    """Tree of arrays or shapes -> ShapeDtypeStructs that say where they shall lie, see `shardings`."""
-    return jax.tree.map(
-        lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
-        tree,
-        shardings(tree, mesh, rules),
-    )
-
-
 def homes(tree):
     """Tree of arrays or `placed` shapes -> tree of their shardings."""
     return jax.tree.map(lambda x: x.sharding, tree)
@@ -152,6 +138,12 @@ def homes(tree):
 def replicated(mesh):
     """Of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put(x, home):
+    """An array that every process has whole -> the same, lying as `home` says."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, home, lambda index: x[index])
 
 
 def local_rows(sharding, batch):

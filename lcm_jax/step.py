@@ -99,6 +99,9 @@ def check(config, groups):
         choose(key, config[key], table)
     choose('distill.target', config.distill.target, TARGETS)
     choose('export.weights', config.export.weights, dict.fromkeys(('params', 'ema')))
+    choose('train.best', c.best, dict.fromkeys(('', 'distance', 'validation')))
+    if c.best == 'validation' and not config.data.validation:
+        raise InputError("train.best = 'validation' needs a source in data.validation")
     if not 0 <= c.ema_decay < 1:
         raise InputError(f'train.ema_decay = {c.ema_decay}; from 0 (no average) to below 1')
     averaged = 'ema' in (config.distill.target, config.export.weights)
@@ -136,7 +139,7 @@ def optimizer(c):
 def lora_student(spec, base, config):
     """An adapter of the base's UNet, rank and alpha by path."""
     c = config.lora
-    alphas = L.ranks(base, tuple(c.targets) or ((L.LCM_TARGETS, c.rank, c.alpha),))
+    alphas = L.ranks(base, tuple(c.targets) or ((L.LCM_TARGETS, c.rank, c.alpha or c.rank),))
     scales = {path: alpha / rank for path, (rank, alpha) in alphas.items()}
 
     def init(key, params):

@@ -11,7 +11,7 @@ each: TPU pods, GKE, Slurm and Open MPI are recognised by their environment; els
 import functools
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,11 +21,13 @@ from lcm_jax.conditioning import encode_text
 from lcm_jax.errors import InputError, choose
 from lcm_jax.export import export
 from lcm_jax.feed import Feed
+from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
+from lcm_jax.peers import Peers
 from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, on_host
-from lcm_jax.step import DTYPES, cached, program, without_sizes
+from lcm_jax.step import DTYPES, program
 from lcm_jax.stop import Stop
 
 NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
@@ -45,18 +47,26 @@ def run(config, workdir):
     with Saves(workdir / 'checkpoints', config.to_dict(), keep=c.keep, best=c.best) as saves:
         there = place(model, prog, config, mesh)
         state = there.state
-        preview = Preview(model, prog, mesh, config.preview, there, feed.sizes[0], workdir)
+        preview = Preview(
+            model,
+            prog,
+            mesh,
+            config.preview,
+            told=there.told,
+            vae=there.vae,
+            size=feed.sizes[0],
+            file=workdir / 'preview' / 'references.npz',
+        )
         preview.references(state.params, there.frozen)
         resumed = saves.restore(prog.state)
-        if resumed is None:
-            say(summary(prog, mesh, config, feed))
-        else:
+        say(summary(prog, mesh, config, feed))
+        if resumed is not None:
             state, there = resumed, there._replace(state=None)
             say(f'going on from step {int(state.step)} in {workdir}')
-        step = Steps(prog, there, mesh, c.seed)
+        step = Steps(prog, mesh, c.seed)
         with Writer(workdir, int(state.step)) as writer, Stop() as stop:
             out = Outputs(config, model, prog, feed, preview, step, saves, writer, workdir)
-            meter = Meter(prog, mesh, config, step, writer)
+            meter = Meter(writer, prog.rate, c.batch, step.flops(feed.sizes[0]))
             state = loop.fit(
                 step,
                 state,
@@ -70,11 +80,13 @@ def run(config, workdir):
                 log_every=c.log_every,
                 stop=stop,
                 max_skipped=c.max_skipped,
-                on_save=out.on_save,
+                on_save=lambda i, state: out.on_save(i, state, there.frozen),
                 label=config.objective,
             )
             feed.close()
-            return out.export(config.export.name, state)
+            file = out.export(config.export.name, state)
+            sharding.wait('exported')  # JAX lets no process end long before the others
+            return file
 
 
 class There(NamedTuple):
@@ -134,7 +146,7 @@ def conditions(model, params, config):
 class Steps:
     """The compiled step: one program for each shape of batch. Also the run's key."""
 
-    def __init__(self, prog, there, mesh, seed):
+    def __init__(self, prog, mesh, seed):
         whole = sharding.replicated(mesh)
         make = jax.jit(lambda seed: jax.random.key(seed), out_shardings=whole)
         self.key, self.whole, self.prog = make(np.uint32(seed)), whole, prog
@@ -145,6 +157,12 @@ class Steps:
     def __call__(self, state, frozen, batch, key):
         return self.run(state, frozen, batch, key)
 
+    def flops(self, size):
+        """Floating-point operations of a step with pictures of size (height, width), all devices."""
+        prog = self.prog
+        args = prog.state, prog.frozen, prog.batch(size), self.key
+        return flops(prog.step, *args, platform=jax.default_backend())
+
 
 class Outputs:
     """What a run leaves behind: pictures and metrics at each checkpoint, and exported files."""
@@ -152,7 +170,7 @@ class Outputs:
     def __init__(self, config, model, prog, feed, preview, step, saves, writer, workdir):
         self.config, self.model, self.prog, self.preview = config, model, prog, preview
         self.saves, self.writer, self.workdir, self.key = saves, writer, workdir, step.key
-        self.held, self.frozen = feed.validation(), None
+        self.held = feed.validation()
         self.loss = jax.jit(prog.loss, out_shardings=step.whole)
 
     def chosen(self, state):
@@ -236,7 +254,8 @@ def start(config, workdir, cluster):
     """`run` as a program: joins the other processes; after SIGTERM the status is 143."""
     sharding.start_distributed(**cluster)
     try:
-        run(config, workdir)
+        with Peers(expected=(loop.Stopped,)):
+            run(config, workdir)
     except loop.Stopped as e:
         say(f'stopped by SIGTERM, saved at {e}; the same command goes on from there')
         sys.exit(STOPPED)

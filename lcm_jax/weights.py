@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from lcm_jax.errors import InputError, nearest
+from lcm_jax.sharding import put
 from lcm_jax.tensors import lazy
 from lcm_jax.tree import map_named, named
 
@@ -149,11 +150,10 @@ def place(tree, sharding=None):
     homes = jax.tree.broadcast(sharding, tree, is_leaf=lambda x: x is None)
     homes = jax.tree.leaves(homes, is_leaf=lambda x: x is None)
 
-    def put(x, home):
+    def put_one(x, home):
         if home is not None and not home.is_fully_addressable:  # each process places its own part
-            array = np.array(x)
-            return jax.make_array_from_callback(array.shape, home, lambda index: array[index])
+            return put(np.array(x), home)
         return jax.device_put(np.asarray(x), home, may_alias=False).block_until_ready()
 
     with ThreadPoolExecutor(READERS) as pool:
-        return jax.tree.unflatten(structure, pool.map(put, leaves, homes))
+        return jax.tree.unflatten(structure, pool.map(put_one, leaves, homes))

@@ -222,7 +222,10 @@ def test_lora_refuses(run, random_folder, lora_file):
 
 
 BAD_SETTINGS = [
-    ('train.stepz=3', r"unknown config key 'stepz' \(did you mean 'steps'\?\); one of: batch, "),
+    (
+        'train.stepz=3',
+        r"unknown config key 'stepz' \(did you mean 'steps'\?\); one of: accumulate, ",
+    ),
     ('trian.steps=3', r"unknown config key 'trian' \(did you mean 'train'\?\); one of: data, "),
     ('train.steps=abc', "train.steps=abc: invalid literal for int.*'abc'"),
     ('train.steps.x=1', "unknown config key 'x'"),
@@ -266,7 +269,7 @@ def test_the_two_ways_to_train_are_one(run, monkeypatch):
         'train.steps=7',
         'lora.rank=2',
         '--set',
-        "data.styles=('noto',)",
+        'data.source=emoji:noto',
     )
     train.main(
         [
@@ -274,11 +277,11 @@ def test_the_two_ways_to_train_are_one(run, monkeypatch):
             '--workdir=w',
             '--config.train.steps=7',
             '--config.lora.rank=2',
-            "--config.data.styles=('noto',)",
+            '--config.data.source=emoji:noto',
         ]
     )
     assert got[0] == got[1]
-    assert got[0][0]['train']['steps'] == 7 and got[0][0]['data']['styles'] == ('noto',)
+    assert got[0][0]['train']['steps'] == 7 and got[0][0]['data']['source'] == 'emoji:noto'
 
 
 @pytest.mark.parametrize(

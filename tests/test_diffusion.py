@@ -14,6 +14,7 @@ from lcm_jax.diffusion import (
     guided,
     predict,
     schedule,
+    side_by_side,
 )
 from lcm_jax.errors import InputError
 
@@ -99,15 +100,15 @@ def test_denoiser_gives_the_net_a_batch_of_times_and_float32_back():
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_guidance_mixes_the_halves_and_keeps_the_identity(kind):
+def test_guidance_mixes_the_pairs_and_keeps_the_identity(kind):
     abar, z, shift = schedule(), random(0, 2, 3, 3, 4), random(1, 4, 1, 1, 4)
 
-    def net(z, t):  # the four conditions: two of the samples, then two null ones
+    def net(z, t):  # the four conditions: of each sample its own, then its null one
         return jnp.tanh(z + shift)
 
-    both = denoiser(net, kind, abar)(jnp.concatenate([z, z]), 259)
+    both = denoiser(net, kind, abar)(side_by_side(z, z), 259)
     cond, null = (
-        jax.tree.map(lambda y, rows=rows: y[rows], both) for rows in (slice(0, 2), slice(2, 4))
+        jax.tree.map(lambda y, rows=rows: y[rows], both) for rows in (slice(0, 4, 2), slice(1, 4, 2))
     )
     scale = np.array([3.0, 7.5]).reshape(2, 1, 1, 1)  # one per sample
     pred = guided(denoiser(net, kind, abar), scale)(z, 259)

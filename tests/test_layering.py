@@ -14,30 +14,32 @@ LAYERS = [
     line.split()
     for line in """
     errors original
-    tree diffusion data.samples data.settings data.order text tensors hub metrics grid models.flash
-    data.files models.attention
+    tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics
+    grid stop loop peers models.flash
+    data.files logs saves models.attention
     data.tars
     data.emoji data.folders
     data.emoji_tfds
     data.records
     data.cache
     data.sources
-    weights orbax_io lora samplers sharding models.layers
+    sharding
+    weights orbax_io lora samplers plan models.layers
     models.clip models.unet models.vae
     models.tiny
-    models.configs models.shapes models.zoo distill loop lora_files.dialects conditioning images
-    data.pictures
+    models.configs models.shapes models.zoo distill lora_files.dialects conditioning images
+    encode data.pictures
     data.loader
     data.cache_fill data.check
     infer lora_files.family lora_files.algebra lora_files.peft_config
     single lora_files.methods lora_files.programs
     lora_files.files lora_files.describe
-    checkpoint scheduler families adapters draw plan
-    request
-    pipeline
-    lcm_jax train convert lora_files.verbs
+    checkpoint scheduler families adapters draw
+    request model convert step
+    pipeline workloads preview feed export
+    lcm_jax train lora_files.verbs
     evaluate
-    demo lora_cli data_cli
+    demo lora_cli data_cli plan_cli
     cli
 """.strip().splitlines()
 ]

@@ -1,97 +1,128 @@
-"""Forward passes as planned for TPUs: in strips, without arrays of tokens by tokens."""
+"""Plans of small programs, for TPUs that are not here and for what is."""
+
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from test_strips import MODEL
 
-from lcm_jax import lora, plan
-from lcm_jax.models.attention import attend
-from lcm_jax.models.layers import from_strips, in_strips, strips_for, to_strips
-from lcm_jax.models.unet import UNet, UNetSpec
-from lcm_jax.models.vae import VAE, VAESpec
-from lcm_jax.models.zoo import ModelSpec
-
-MODEL = ModelSpec(
-    UNetSpec(
-        widths=(8, 16),
-        down=((0,), (1,)),
-        mid=1,
-        up=((1, 0), (0, 0)),
-        heads=(2, 2),
-        context_dim=8,
-        groups=4,
-    ),
-    VAESpec(widths=(8, 8), resnets=1, groups=4),
-    (),
-    resolution=32,
-)
+from lcm_jax import cli, plan, plan_cli, sharding, workloads
+from lcm_jax.chips import CHIPS, GIB, chip, devices_of
+from lcm_jax.errors import InputError
+from lcm_jax.hlo import Collective
+from lcm_jax.models.zoo import MODELS, PUBLISHED
 
 
-def draw(tree, scale=1.0):
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return treedef.unflatten(
-        [scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    )
-
-
-def assert_close(ours, reference):
-    np.testing.assert_allclose(ours, reference, atol=2e-5 * float(jnp.abs(reference).max()))
-
-
-def test_unet_in_strips():
-    """Equal to the UNet of whole pictures, its LoRA too."""
-    fn, params, inputs, _ = plan.unet_forward(MODEL, 32, 1, jnp.float32)
-    params, inputs = draw(params, 0.3), draw(inputs)
-    whole = jax.jit(lambda params, x: UNet(MODEL.unet).apply({'params': params}, **x))
-    assert_close(jax.jit(fn)(params, inputs), whole(params, inputs))
-    adapter = draw(lora.init(jax.random.key(1), params, 2), 0.3)
-    adapted = jax.jit(lora.apply(fn, adapter))(params, inputs)
-    assert_close(adapted, whole(lora.merge(params, adapter), inputs))
-
-
-def test_vae_in_strips():
-    fn, params, z, _ = plan.vae_forward(MODEL, 32, 1, jnp.float32)
-    params, z = draw(params, 0.3), draw(z)
-
-    @jax.jit
-    def both(params, z):
-        def vae(x, method):
-            return VAE(MODEL.vae).apply({'params': params}, x, method=method)
-
-        pictures = vae(z, 'decode')
-        encoded = jax.tree.map(from_strips, vae(to_strips(pictures, 8), 'encode'))
-        return (fn(params, z), encoded), (pictures, vae(pictures, 'encode'))
-
-    jax.tree.map(assert_close, *both(params, z))
-
-
-def test_a_width_that_no_strips_divide_stays_whole():
-    for width, stride, dims in ((12, 8, 4), (16, 8, 5), (65, 8, 4)):
-        seen = []
-        in_strips(
-            lambda x, seen=seen: seen.append(x.ndim) or x, jnp.zeros((1, 8, width, 1)), stride, 1
-        )
-        assert seen == [dims]
-
-
-def test_strips_fill_eight_rows():
-    for samples in range(1, 20):
-        assert samples * strips_for(samples) >= 8
-        assert samples * strips_for(samples) < 16 or strips_for(samples) == 1
-
-
-@pytest.mark.parametrize(('fn', 'found'), [(jax.nn.dot_product_attention, True), (attend, False)])
-def test_finds_squares_of_tokens(fn, found):
-    x = jax.ShapeDtypeStruct((1, 2048, 1, 8), jnp.float32)
-    hlo = jax.jit(fn).lower(x, x, x).compile().as_text()
-    cost = plan.Cost(0.0, 0.0, 0.0, 0, 0, hlo)
-    assert bool(cost.squares(2048)) == found
-
-
-def test_compiles_for_tpus():
+@pytest.fixture(scope='module')
+def tpus():
     pytest.importorskip('libtpu')
-    forward = plan.unet_forward(MODEL, 32, 1, jnp.bfloat16)
-    cost = plan.compiled_for('v5e:2x2', forward.fn, forward.params, forward.inputs)
+    return sharding.make_mesh(devices=devices_of('v5e:2x2'))
+
+
+def small(mesh, width=1024, samples=8):
+    """A linear regression's step, data-parallel."""
+
+    def array(*shape, axes=()):
+        home = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=home)
+
+    def fn(params, batch):
+        grad = jax.grad(lambda w: jnp.mean((batch @ w) ** 2))(params)
+        return params - grad
+
+    args = {'params': array(width, 128), 'batch': array(samples, width, axes=('data',))}
+    return plan.Program(fn, args, mesh, samples, ('params',))
+
+
+def test_report_for_tpus(tpus):
+    r = plan.report(small(tpus))
+    assert (r.devices, r.samples) == (4, 8)
+    assert r.collectives == [Collective('all-reduce', ('data',), 1, 1024 * 128 * 4)]
+    assert (r.memory['params'], r.memory['batch']) == (1024 * 128 * 4, 2 * 1024 * 4)
+    assert r.flops == 2 * 2 * (2 * 1024 * 128)  # there and back, two samples each
+    assert r.needed == sum(r.memory.values()) < r.chip.memory and r.spare > 15 * GIB
+    assert r.seconds[1] > r.seconds[0] > 0
+    text = plan_cli.show(r, 'a step')
+    assert 'all-reduce along data' in text and text.endswith('to spare')
+
+
+def test_what_does_not_fit(tpus):
+    r = plan.report(small(tpus, width=2**26))
+    assert r.cost is None and r.needed > r.chip.memory == 15.75 * GIB
+    assert 'DOES NOT FIT' in plan_cli.show(r, 'a step')
+
+
+@pytest.mark.parametrize(
+    ('text', 'needed'),
+    [
+        (
+            'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 18.94G of 15.75G hbm.',
+            18.94,
+        ),
+        (
+            'the total memory required for HLO temporaries (1.5T) exceeds available HBM (15.75G).',
+            1536,
+        ),
+    ],
+)
+def test_reads_what_the_compiler_says(text, needed):
+    error = plan.TooLarge(text)
+    assert (error.needed, error.memory) == (needed * GIB, 15.75 * GIB)
+
+
+def test_report_for_what_is_here():
+    r = plan.report(small(sharding.make_mesh(devices=jax.devices()[:1])))
+    assert r.collectives == [] and r.needed < r.chip.memory
+    plan_cli.show(r, 'a step')
+
+
+def test_forward_compiles_for_tpus(tpus):
+    forward = workloads.unet_forward(MODEL, 32, 1, jnp.bfloat16)
+    cost = plan.compiled(workloads.on_mesh(forward, tpus))
     assert cost.bytes_accessed > cost.arguments > 0
+
+
+def test_topologies():
+    pytest.importorskip('libtpu')
+    for name, n, kind in (
+        ('v5e:4x4', 16, 'TPU v5 lite'),
+        ('v5p:2x2x2', 8, 'TPU v5'),
+        ('v6e:2x2', 4, 'TPU v6 lite'),
+        ('2*v5e:2x2', 8, 'TPU v5 lite'),
+    ):
+        devices = devices_of(name)
+        assert len(devices) == n and chip(devices[0]) == CHIPS[kind]
+    mesh = sharding.make_mesh(dcn=2, fsdp=2, devices=devices)
+    assert {d.slice_index for d in mesh.devices[:2].flat} == {0}
+    for name in ('v5e:3x', 'h100', 'x*v5e:2x2'):
+        with pytest.raises(InputError, match='v5e:4x4'):
+            devices_of(name)
+
+
+@pytest.mark.parametrize('name', [*MODELS, *PUBLISHED])
+def test_published_models_are_known(name):
+    specs, family, schedule = workloads.sizes_of(name)
+    row = MODELS[PUBLISHED.get(name, name)]
+    assert specs['unet'] == row.unet and schedule.prediction_type == row.prediction_type
+    assert {*specs} == {'unet', 'vae', *family.text_encoders}
+
+
+def test_command(capsys, monkeypatch):
+    """The real step and the real sampler, with the compiler left out."""
+    monkeypatch.setattr(
+        plan, 'compiled', lambda program: plan.Cost(1.0, 1e9, 1e9, 3 * GIB, 0, 0, 0, 'HloModule x')
+    )
+    for kind in plan_cli.PROGRAMS:
+        cli.main(
+            f'plan --config configs/emoji_lcm_lora.py --topology local --program {kind} '
+            '--set train.batch=8'.split()
+        )
+        out = capsys.readouterr().out
+        assert 'temporaries' in out and 'fits, with' in out
+
+
+def test_unknown_devices_are_not_judged():
+    r = plan.Report(plan.Chip(*(math.nan,) * 3), 1, 1, {}, 5.0, 1.0, None, [])
+    assert 'not known' in plan_cli.verdict(r)

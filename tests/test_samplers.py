@@ -243,7 +243,7 @@ def test_only_shapes_and_step_counts_compile_anew():
         times = samplers.custom_times('lcm', timesteps) if timesteps else samplers.times('lcm', n)
         keys = jax.random.split(jax.random.key(seed), 2)
         shift = np.full((4, 1, 1, 1), shift, np.float32)
-        shift[2:] = 0  # the null condition
+        shift[1::2] = 0  # the null conditions
         return run(random(0, *SHAPE), times, keys, guidance, shift)
 
     changed = [

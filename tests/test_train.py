@@ -1,96 +1,409 @@
-"""The distillation run: resumes exactly, exports what it trained, leaves the base alone."""
+"""The trainer in one process: what it is told, what it leaves out, where it goes on, what it exports."""
 
+import ast
+import dataclasses
+import json
+import runpy
+import tokenize
+
+import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 
-from lcm_jax import demo, lora, metrics, train
+from lcm_jax import demo, feed, metrics, sharding, step, train
 from lcm_jax.data.emoji import emoji
+from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
-from lcm_jax.lora_files.files import read_lora, write_lora
+from lcm_jax.lora import delta
+from lcm_jax.lora_files.files import read_lora
+from lcm_jax.model import describe
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.saves import flat
 
-RECIPE = {**demo.RECIPE, 'batch': 8, 'warmup': 1, 'log_every': 1, 'rank': 4, 'alpha': 8.0}
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
+CONFIGS = sorted(p.stem for p in runs.CONFIGS.glob('*.py'))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compiler():
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')
-def teacher():
-    return Pipeline.load('emoji')
+def model(tmp_path_factory):
+    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
 
 
-@pytest.fixture(scope='module')
-def cache(teacher):
-    return train.encode(teacher, emoji('heldout', ('noto',)))
+# --- the configs
 
 
-def run(teacher, cache, workdir, steps, **changes):
-    return train.distil(
-        teacher,
-        cache,
-        steps=steps,
-        workdir=workdir,
-        **{**RECIPE, 'save_every': 2, 'decay': False, **changes},
-    )
+def leaves(name):
+    """A config -> {'train.lr': value}."""
+    return flat(runpy.run_path(str(runs.CONFIGS / f'{name}.py'))['get_config']().to_dict())
 
 
-def test_resumed_run_is_bit_equal(teacher, cache, tmp_path):
-    before = jax.tree.map(np.asarray, teacher.params['unet'])
-    whole = run(teacher, cache, tmp_path / 'whole', 4)
-    run(teacher, cache, tmp_path / 'parts', 2)
-    parts = run(teacher, cache, tmp_path / 'parts', 4)
-    for path, ab in whole.items():
-        for name in ab:
-            np.testing.assert_array_equal(ab[name], parts[path][name], err_msg=f'{path} {name}')
-    assert any(np.abs(ab['up']).max() > 0 for ab in whole.values())
-    jax.tree.map(
-        np.testing.assert_array_equal, before, jax.tree.map(np.asarray, teacher.params['unet'])
-    )
-
-    file = tmp_path / 'lora.safetensors'
-    write_lora(file, {'unet': whole}, teacher.params, alpha=RECIPE['alpha'])
-    back, metadata = read_lora(file, teacher.params)
-    assert back['unet'].keys() == whole.keys()
-    assert metadata['ss_network_dim'] == '4' and metadata['ss_network_alpha'] == '8.0'
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name != 'default'])
+def test_configs_override_five_to_fifteen_keys(name):
+    default, own = leaves('default'), leaves(name)
+    changed = [key for key in own if own[key] != default[key]]
+    assert own.keys() == default.keys() and 5 <= len(changed) <= 15, changed
 
 
-def test_gradient_steps_lower_the_loss_towards_a_fixed_target(teacher, cache):
+def test_every_key_is_commented_where_it_is_defined():
+    file = runs.CONFIGS / 'default.py'
+    with open(file, 'rb') as source:
+        commented = {t.start[0] for t in tokenize.tokenize(source.readline) if t.type == tokenize.COMMENT}
+    keys = {}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            key = ast.unparse(node.targets[0]).removeprefix('c.')
+            keys[key] = bool(commented & {*range(node.lineno, node.end_lineno + 1)})
+    assert {*leaves('default')} <= {*keys}
+    assert not [key for key in leaves('default') if not keys[key]]
+
+
+class Recording:
+    """A config that notes which of its keys are asked for; not those that are handed on as a whole."""
+
+    def __init__(self, config, read, prefix=''):
+        self._config, self._read, self._prefix = config, read, prefix
+
+    def __getattr__(self, key):
+        return self[key]
+
+    def __getitem__(self, key):
+        value = self._config[key]
+        if hasattr(value, 'to_dict'):
+            return Recording(value, self._read, f'{self._prefix}{key}.')
+        self._read.add(self._prefix + key)
+        return value
+
+    def items(self):
+        return self._config.items()
+
+    def to_dict(self):
+        return self._config.to_dict()
+
+
+def test_every_key_is_read(model, tmp_path, monkeypatch):
+    read = set()
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings(DataSettings):
+        def __post_init__(self):
+            super().__post_init__()
+            object.__setattr__(self, '_made', True)
+
+        def __getattribute__(self, name):
+            if '_made' in object.__getattribute__(self, '__dict__'):
+                read.add(f'data.{name}')
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(feed, 'DataSettings', Settings)
+    for name, changes in {
+        'lora': {'data.validation': 'synthetic:8', 'data.validation_batches': 1},
+        'full': {'objective': 'denoise', 'trains': 'full'},
+        'lcm': {'trains': 'full', 'data.cache': True},
+    }.items():
+        changes = {'train.steps': 1, 'train.decay': True} | changes
+        config, workdir, _ = train.parse(runs.arguments(model, tmp_path / name, changes))
+        train.run(Recording(config, read), workdir)
+    assert {*leaves('default')} - read == set()
+
+
+@pytest.mark.parametrize(
+    ('argument', 'said'),
+    [
+        ('train.step=5', "'step' .did you mean 'steps'"),
+        ('trian.steps=5', "did you mean 'train'"),
+        ('train.steps=many', 'many'),
+        ('model.size=3', 'size'),
+        ('data=3', 'data'),
+    ],
+)
+def test_what_is_no_key_or_value_is_refused(argument, said):
+    config = f'--config={runs.CONFIGS / "default.py"}'
+    with pytest.raises(InputError, match=said):
+        train.parse([config, '--workdir=x', f'--config.{argument}'])
+
+
+def test_command_lines_that_lack_something(tmp_path):
+    config = f'--config={runs.CONFIGS / "default.py"}'
+    for arguments, said in (
+        ([config], 'workdir'),
+        (['--workdir=x'], 'no --config'),
+        ([config, '--workdir=x', 'more'], 'more'),
+        ([config, '--workdir=x', '--batch=3'], 'batch'),
+        (['--config=none.py', '--workdir=x'], 'none.py'),
+    ):
+        with pytest.raises(InputError, match=said):
+            train.parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'said'),
+    [
+        ({'objective': 'lmc'}, "did you mean 'lcm'"),
+        ({'trains': 'all'}, 'lora, full'),
+        ({'dtype': 'float16'}, 'bfloat16'),
+        ({'distill__distance': 'hubert'}, "did you mean 'huber'"),
+        ({'distill__solver': 'euler'}, 'dpm'),
+        ({'distill__target': 'teacher'}, 'student, ema'),
+        ({'distill__null': 'none'}, 'zeros'),
+        ({'distill__w': '5:2'}, 'LOW:HIGH'),
+        ({'distill__target': 'ema', 'train__ema_decay': 0.0}, 'ema_decay'),
+        ({'export__weights': 'best'}, 'params, ema'),
+        ({'train__batch': 48}, 'not exceed'),
+        ({'train__accumulate': 3}, 'multiple of 3'),
+        ({'train__decay': True, 'train__warmup': 6}, 'must be less'),
+        ({'train__remat': 'block'}, 'blocks'),
+        ({'trains': 'full', 'full__trainable': 'to_quack'}, 'to_quack'),
+        ({'mesh__fsdp': 3}, 'mesh'),
+        ({'preview__sampler': 'ddmi'}, "did you mean 'ddim'"),
+        ({'data__source': 'synthetc:4'}, "did you mean 'synthetic'"),
+    ],
+)
+def test_settings_outside_the_tables_are_refused(model, tmp_path, settings, said):
+    with pytest.raises(InputError, match=said):
+        runs.run(model, tmp_path / 'run', **settings)
+    assert not (tmp_path / 'run' / 'checkpoints').is_dir() or not runs.checkpoints(tmp_path / 'run')[0]
+
+
+# --- the loss
+
+
+def test_gradient_steps_lower_the_loss_towards_a_fixed_target(model):
     """The loss itself has a moving target and need not fall; with the target held, it must."""
-    loss = train.make_loss(
-        teacher,
-        scale=1.0,
-        target='ema',
-        solver_steps=50,
-        w_range=(2, 4),
-        distance='huber',
-        huber_c=0.001,
-    )
-    start = lora.init(jax.random.key(0), teacher.params['unet'], 4)
-    frozen, samples = (teacher.params['unet'], cache), np.arange(16)
-    value = jax.jit(
-        jax.value_and_grad(lambda x: loss(x, start, frozen, samples, jax.random.key(7))[0])
-    )
-    tx = optax.adam(1e-3)
-    params, opt, values = start, tx.init(start), []
+    settings = {'distill.target': 'ema', 'data.cache': True}
+    config = train.parse(runs.arguments(model, 'unused', settings))[0]
+    what, mesh = describe(config.model), sharding.make_mesh(devices=jax.devices()[:1])
+    prog = step.program(what.specs, what.family, what.schedule, config, mesh)
+    rng = np.random.default_rng(0)
+    batch = {
+        name: jnp.asarray(rng.standard_normal(x.shape), x.dtype)
+        for name, x in prog.batch((16, 16)).items()
+    } | {'row': jnp.arange(8)}
+    base = what.load(['unet'], {'unet': jnp.float32})
+    null = {'context': jnp.zeros((1, 77, 8))}
+    params = start = prog.student.init(jax.random.key(0), base['unet'])
+    value = jax.jit(jax.value_and_grad(prog.loss))
+    tx = optax.adam(1e-2)
+    opt, values = tx.init(start), []
     for _ in range(10):
-        now, grads = value(params)
+        now, grads = value(params, start, base | {'null': null}, batch, jax.random.key(7))
         values.append(float(now))
         updates, opt = tx.update(grads, opt)
         params = optax.apply_updates(params, updates)
     assert values[-1] < 0.9 * values[0], values
 
 
-def test_settings_outside_the_tables_are_refused(teacher, cache, tmp_path):
+# --- steps that are left out
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """poison(samples): the latents of these samples of a source become NaN when it is cached."""
+
+    def poison(samples):
+        make = feed.encoder
+
+        def poisoned(*args):
+            encode = make(*args)
+
+            def run(batch):
+                out = encode(batch)
+                mean = np.array(out['mean'])
+                mean[samples] = np.nan
+                return out | {'mean': mean}
+
+            return run
+
+        monkeypatch.setattr(feed, 'encoder', poisoned)
+
+    return poison
+
+
+def test_a_step_that_is_not_finite_changes_nothing(model, tmp_path, poison, monkeypatch):
+    poison([3])
+    named = []
+    monkeypatch.setattr(
+        train.loop.Watch, 'add', lambda self, i, metrics, names, add=train.loop.Watch.add: (
+            named.append(names), add(self, i, metrics, names)
+        ),
+    )  # fmt: skip
+    runs.run(
+        model,
+        tmp_path / 'run',
+        data__cache=True,
+        train__steps=5,
+        train__save_every=1,
+        train__keep=9,
+    )
+    bad = [i for i, names in enumerate(named, 1) if '00000003' in names]
+    assert len(bad) == 1  # of an epoch
+    (bad,), states = bad, [runs.state(tmp_path / 'run', i) for i in range(1, 6)]
+    assert [int(s['skipped']) for s in states] == [int(i >= bad) for i in range(1, 6)]
+    assert [int(s['step']) for s in states] == [1, 2, 3, 4, 5]
+    for i, (before, after) in enumerate(zip(states, states[1:], strict=False), 2):
+        kept = [k for k in before if k not in ('step', 'skipped')]
+        changed = [k for k in kept if before[k].tobytes() != after[k].tobytes()]
+        assert bool(changed) == (i != bad), (i, changed)
+    assert all(np.isfinite(x).all() for x in runs.exported(tmp_path / 'run').values())
+
+
+def test_many_such_steps_in_a_row_end_the_run(model, tmp_path, poison):
+    poison(slice(None))
+    with pytest.raises(InputError, match=r'3 steps in a row .* not finite; step 1: 0000\d{4}, '):
+        runs.run(model, tmp_path / 'run', data__cache=True, train__max_skipped=2)
+
+
+# --- going on
+
+
+def test_another_recipe_is_refused_and_a_longer_run_goes_on(model, tmp_path):
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    runs.run(model, whole, train__steps=4)
+    runs.run(model, parts, train__steps=3)
+    with pytest.raises(InputError, match=r'train\.lr = 0\.001 \(now 0\.01\); go on with its settings'):
+        runs.run(model, parts, train__steps=4, train__lr=1e-2)
+    with pytest.raises(InputError, match=r"distill\.w = '2:4' \(now '2:5'\)"):
+        runs.run(model, parts, train__steps=4, distill__w='2:5')
+    runs.run(model, parts, train__steps=4, train__keep=5, data__threads=2, preview__seed=1)
+    runs.same(runs.state(whole), runs.state(parts))
+    runs.same(runs.exported(whole), runs.exported(parts))
+    assert runs.losses(whole) == runs.losses(parts) and len(runs.losses(parts)) == 4
+
+
+@pytest.mark.parametrize('lost', ['commit_success.txt', '_CHECKPOINT_METADATA', 'tmp'])
+def test_an_unfinished_checkpoint_is_never_picked(model, tmp_path, lost, capsys):
+    """Steps 2 and 4 are saved; 4 looks as it does when the process was killed while it wrote."""
+    folder, whole = tmp_path / 'run' / 'checkpoints', tmp_path / 'whole'
+    runs.run(model, whole, train__steps=6)
+    runs.run(model, tmp_path / 'run', train__steps=4)
+    if lost == 'tmp':
+        (folder / '4').rename(folder / '4.orbax-checkpoint-tmp')
+    else:
+        for file in folder.glob(f'4/**/{lost}'):
+            file.unlink()
+    capsys.readouterr()
+    runs.run(model, tmp_path / 'run', train__steps=6)
+    assert 'going on from step 2 ' in capsys.readouterr().out
+    runs.same(runs.state(whole), runs.state(tmp_path / 'run'))
+    assert sorted(runs.losses(tmp_path / 'run')) == [1, 2, 3, 4, 5, 6]
+    assert not runs.checkpoints(tmp_path / 'run')[1]
+
+
+# --- the cache of a run
+
+
+def test_a_cache_that_was_interrupted_is_filled_again(model, tmp_path):
+    """Of one process or of several: what counts is that all parts are there."""
+    whole = tmp_path / 'whole'
+    runs.run(model, whole, data__cache=True, train__steps=2)
+    for name, files in {
+        'one': ('part-00000-of-00001.array_record',),
+        'two': ('part-00001-of-00002.json', 'part-00001-of-00002.npz'),
+    }.items():
+        folder = tmp_path / name / 'cache'
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).write_bytes(b'{}')
+        runs.run(model, tmp_path / name, data__cache=True, train__steps=2)
+        runs.same(runs.state(whole), runs.state(tmp_path / name))
+        parts = [p.name for p in sorted(folder.glob('part-*'))]
+        assert {p.split('.')[0] for p in parts} == {'part-00000-of-00001'}
+
+
+def test_a_cache_of_something_else_is_refused(model, tmp_path):
+    runs.run(model, tmp_path, data__cache=True, train__steps=1)
     for changes, said in (
-        ({'distance': 'hubert'}, "did you mean 'huber'"),
-        ({'target': 'teacher'}, 'student, ema'),
-        ({'weights': 'best'}, 'params, ema'),
-        ({'batch': 5000}, 'must not exceed'),
-        ({'decay': True, 'warmup': 1}, 'must be less'),
-        ({'targets': 'to_quack'}, 'to_quack'),
+        ({'data__source': 'synthetic:41'}, "source = 'synthetic:40' .now 'synthetic:41'"),
+        ({'data__flip': True}, 'data.flip = False .now True'),
     ):
         with pytest.raises(InputError, match=said):
-            run(teacher, cache, tmp_path, 1, **changes)
+            runs.run(model, tmp_path, data__cache=True, train__steps=1, **changes)
+
+
+# --- what is exported
+
+
+def test_ranks_and_alphas_by_pattern_come_back_from_the_file(model, tmp_path):
+    rows = (('.*to_[qkv]/kernel', 2, 6.0), ('.*conv1/kernel', 0, 1.0), ('.*/(ff.*|conv.*)/kernel', 3, 1.0))
+    config, workdir, _ = train.parse(
+        runs.arguments(model, tmp_path, {'lora.targets': rows, 'train.steps': 3, 'train.lr': 0.01})
+    )
+    file = train.run(config, workdir)
+    base = Pipeline.load(model).params
+    read, metadata = read_lora(file, base)
+    state = runs.state(tmp_path)
+    alphas = {2: 6.0, 3: 1.0}
+    paths = {k.split('/', 1)[1].rsplit('/', 1)[0] for k in state if k.startswith('params/')}
+    assert {*read['unet']} == paths and not any('conv1' in p for p in paths)
+    assert {ab['down'].shape[-1] for ab in read['unet'].values()} == {2, 3}
+    for path, ab in read['unet'].items():
+        down, up = (state[f'params/{path}/{part}'] for part in ('down', 'up'))
+        want = alphas[down.shape[-1]] / down.shape[-1] * (down @ up)
+        assert np.abs(want).max() > 0
+        np.testing.assert_allclose(delta(ab), want, atol=2e-3 * np.abs(want).max())
+    assert metadata['lcm_jax.accelerates'] == 'true' and metadata['lcm_jax.w'] == '2:4'
+
+
+def test_the_best_is_exported_beside_the_last(model, tmp_path):
+    runs.run(model, tmp_path, train__steps=8, train__lr=0.05, train__keep=9, export__weights='ema')
+    scores = {x['step']: x['distance'] for x in runs.lines(tmp_path) if 'distance' in x}
+    best = min(scores, key=scores.get)
+    assert len(scores) == 4
+    shapes = Pipeline.load(model).params
+    for name, at in (('lora_best', best), ('lora', 8)):
+        state = runs.state(tmp_path, at)
+        for path, ab in read_lora(tmp_path / f'{name}.safetensors', shapes)[0]['unet'].items():
+            want = 2.0 * state[f'ema/{path}/down'] @ state[f'ema/{path}/up']
+            np.testing.assert_allclose(delta(ab), want, atol=2e-3 * np.abs(want).max() + 1e-7)
+
+
+def test_a_full_lcm_opens_here_and_in_diffusers(model, tmp_path):
+    out = runs.run(model, tmp_path, trains='full', full__w_dim=8, train__steps=2, train__lr=0.01)
+    params = {k: x for k, x in runs.state(tmp_path).items() if k.startswith('params/')}
+    pipe = Pipeline.load(out)
+    assert pipe.specs['unet'].w_dim == 8
+    got = dict(runs.named(pipe.params['unet']))
+    assert {f'params/{k}' for k in got} == {*params}
+    for k, x in got.items():
+        np.testing.assert_array_equal(x, params[f'params/{k}'], err_msg=k)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(out)
+    assert isinstance(theirs, diffusers.LatentConsistencyModelPipeline)
+    assert theirs.unet.config.time_cond_proj_dim == 8
+    assert isinstance(theirs.scheduler, diffusers.LCMScheduler)
+    prompt, noise = 'a red disc on green', np.random.default_rng(0).standard_normal((1, 4, 8, 8))
+    import torch
+
+    latents = torch.tensor(noise, dtype=torch.float32)
+    picture = theirs(
+        prompt, height=16, width=16, num_inference_steps=1, guidance_scale=4.0,
+        original_inference_steps=50, latents=latents, output_type='np',
+    ).images  # fmt: skip
+    assert picture.shape == (1, 16, 16, 3) and np.isfinite(picture).all()
+
+
+def test_a_part_of_the_unet_is_trained(model, tmp_path):
+    settings = {'objective': 'lcf', 'trains': 'full', 'full__trainable': '.*/attn2/.*'}
+    out = runs.run(model, tmp_path, train__steps=2, train__lr=0.01, **settings)
+    before, after = (dict(runs.named(Pipeline.load(m).params['unet'])) for m in (model, out))
+    assert before.keys() == after.keys()
+    changed = {k for k in before if np.any(np.asarray(before[k]) != np.asarray(after[k]))}
+    assert changed and all('/attn2/' in k for k in changed)
+    said = json.loads((out / 'model_index.json').read_text())
+    assert said['_class_name'] == 'StableDiffusionPipeline'
+    assert said['scheduler'] == ['diffusers', 'LCMScheduler']
+
+
+# --- the demo, and what is shipped
 
 
 def test_demo_writes_everything(monkeypatch, tmp_path, capsys):

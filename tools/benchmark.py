@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import plan, weights
+from lcm_jax import chips, hlo, plan, sharding, weights, workloads
 from lcm_jax.models import configs, shapes
 from lcm_jax.models.clip import TextEncoder
 from lcm_jax.models.tiny import autoencoder
@@ -73,7 +73,7 @@ def unet(args):
     inputs = {
         'z': normal(args.batch, side, side, spec.in_channels),
         't': np.linspace(999, 1, args.batch, dtype=np.float32),
-        'context': normal(args.batch, plan.TOKENS, spec.context_dim, seed=1),
+        'context': normal(args.batch, workloads.TOKENS, spec.context_dim, seed=1),
     }
     if spec.pooled_dim:
         inputs['pooled'] = normal(args.batch, spec.pooled_dim, seed=2)
@@ -110,7 +110,7 @@ def vae(args):
 def text(args):
     """Token ids -> hidden states, by the (first) text encoder."""
     spec = MODELS[args.model].text[0]
-    ids = np.random.default_rng(0).integers(0, spec.vocab, (args.batch, plan.TOKENS), np.int32)
+    ids = np.random.default_rng(0).integers(0, spec.vocab, (args.batch, workloads.TOKENS), np.int32)
     return case(
         args,
         shapes.text_shapes(spec, args.dtype),
@@ -277,9 +277,10 @@ def report(case, repeat):
 
 def compiled(args):
     """Compile one forward pass for TPUs and print what a chip would do."""
-    forward = plan.FORWARDS[args.part](MODELS[args.model], args.size, args.batch, args.dtype)
-    cost = plan.compiled_for(args.topology, forward.fn, forward.params, forward.inputs)
-    squares = ', '.join(f'{cost.squares(n)} of {n} x {n}' for n in sorted(forward.tokens))
+    forward = workloads.FORWARDS[args.part](MODELS[args.model], args.size, args.batch, args.dtype)
+    mesh = sharding.make_mesh(devices=chips.devices_of(args.topology))
+    cost = plan.compiled(workloads.on_mesh(forward, mesh))
+    squares = ', '.join(f'{hlo.squares(cost.hlo, n)} of {n} x {n}' for n in sorted(forward.tokens))
     print(
         f'{args.part} on {args.topology}: compiled in {cost.seconds:.0f} s; each chip '
         f'{cost.flops / 1e12:.2f} TFLOP outside custom kernels, {cost.bytes_accessed / 1e9:.1f} GB '
@@ -302,7 +303,7 @@ def main():
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16', 'float16'))
     parser.add_argument('--peer', default='none', choices=('diffusers', 'none'))
     parser.add_argument('--repeat', type=int, default=5, help='timed calls of each side, in turns')
-    parser.add_argument('--part', default='unet', choices=plan.FORWARDS, help='to be compiled')
+    parser.add_argument('--part', default='unet', choices=workloads.FORWARDS, help='to be compiled')
     parser.add_argument('--topology', default='v5e:2x2', help='chips to compile for')
     args = parser.parse_args()
     if args.case == 'compiled':

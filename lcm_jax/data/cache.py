@@ -23,6 +23,19 @@ PART = re.compile(r'part-(\d{5})-of-(\d{5})\.json')
 SAME = ('version', 'model', 'resolution', 'shapes', 'arrays')  # what all parts agree on
 
 
+def part_name(process, processes):
+    """-> the name of its files without suffix."""
+    return f'part-{process:05d}-of-{processes:05d}'
+
+
+def complete(folder):
+    """Whether all parts of a cache are there, of however many processes."""
+    try:
+        return bool(parts_of(Path(folder)))
+    except InputError:
+        return False
+
+
 class Writer:
     """Writes one process's part: add(...) samples, then close(...). Raises InputError if it is there.
 
@@ -30,7 +43,7 @@ class Writer:
     """
 
     def __init__(self, folder, head, process=0, processes=1):
-        self.stem = Path(folder) / f'part-{process:05d}-of-{processes:05d}'
+        self.stem = Path(folder) / part_name(process, processes)
         if self.stem.with_suffix('.json').exists():
             raise InputError(f'{self.stem}.json exists: the cache is written already')
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -88,8 +101,8 @@ def open_cache(folder, resolution, model=None):
     rows = rows[order]
     sizes, scores = rows[:, 4:].astype(np.int32), np.full((len(rows), len(SCORES)), np.nan)
     places = rows[:, [0, 1, 3]]  # file, record, bucket
-    index = Index([names[i] for i in order], sizes, sizes, scores, places)
     paths = [str(stem.with_suffix('.array_record')) for stem in stems]
+    index = Index([names[i] for i in order], sizes, sizes, scores, places, [], [], 0, len(paths))
     return index, functools.partial(fetch, paths, head['arrays']), head
 
 
@@ -102,7 +115,7 @@ def parts_of(folder):
         what = 'caches of different numbers of processes' if totals else 'no complete cache'
         raise InputError(f'cache:{folder}: {what}; it has {", ".join(names) or "nothing"}')
     total = totals.pop()
-    stems = [folder / f'part-{i:05d}-of-{total:05d}' for i in range(total)]
+    stems = [folder / part_name(i, total) for i in range(total)]
     heads = []
     for stem in stems:
         try:

@@ -3,8 +3,8 @@
 import numpy as np
 
 from lcm_jax.data.cache import Writer
-from lcm_jax.data.loader import Maker, iterate
-from lcm_jax.data.samples import Broken, Drops
+from lcm_jax.data.loader import One, iterate
+from lcm_jax.data.samples import Drops
 from lcm_jax.errors import InputError
 
 
@@ -50,31 +50,6 @@ def write_cache(
     for bucket, items in enumerate(waiting):
         if items:
             flush(bucket)
-    if len(broken) > settings.max_dropped * (done + len(broken)):
-        raise InputError(
-            f'{source.name}: {len(broken)} of {done + len(broken)} samples are broken, more than '
-            f'max_dropped = {settings.max_dropped} of them: {broken}'
-        )
+    broken.check(source.name, done, settings.max_dropped)
     writer.close(broken.counts)
     return done, broken
-
-
-class One(Maker):
-    """Makes single samples, in the source's order."""
-
-    def __init__(self, source, tokenizers, settings):
-        super().__init__(source, tokenizers, settings, 1, (0,))
-        self.bucket = np.zeros(len(source), int)
-        for bucket, ids in enumerate(self.order.groups):
-            self.bucket[ids] = bucket
-
-    def item(self, i):
-        """-> i, bucket, name, arrays, None; or (reason, detail) in place of arrays that are none."""
-        bucket, name = int(self.bucket[i]), self.source.sample_name(i)
-        try:
-            arrays, caption = self.sample(i, 0, i, self.shapes[bucket])
-        except Broken as e:
-            return i, bucket, name, {}, (e.reason, e.detail)
-        if self.tokenizers:
-            arrays['ids'] = self.tokens([caption])[0][0]
-        return i, bucket, name, arrays, None

@@ -8,6 +8,7 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from zipfile import BadZipFile
 
 import fsspec
 import numpy as np
@@ -69,7 +70,8 @@ def read_range(url, offset, size):
             fs, path = fsspec.core.url_to_fs(url)
             got = fs.cat_file(path, start=offset, end=offset + size)
         else:
-            got = os.pread(handle(url).fileno(), size, offset)
+            file = handle(url)  # held, so that it stays open until it has been read
+            got = os.pread(file.fileno(), size, offset)
     except (OSError, ValueError) as e:
         raise Broken('file cannot be read', describe(e)) from e
     if len(got) != size:
@@ -128,11 +130,11 @@ def kept(url, index_one, caption):
             lists = json.loads(str(got['lists']))
             columns = {c: got[c] for c in Index._fields if c not in LISTS}
             return Index(**lists, **columns)
-    except (OSError, ValueError, KeyError, EOFError):  # not there, or not whole
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or not whole
         pass
     start = time.monotonic()
     index = index_one(url, caption)
-    if time.monotonic() - start >= KEEP_AFTER:
+    if not index.cut and time.monotonic() - start >= KEEP_AFTER:  # reading may go better next time
         keep(file, index)
     return index
 

@@ -64,7 +64,10 @@ class Maker:
         return np.stack([ids for ids, _ in read], 1), int(np.any(too_long, 0).sum())
 
     def slot(self, step, row, i, bucket, broken):
-        """The sample of one row; one that is broken is noted and replaced -> name, arrays, caption."""
+        """The sample of one row -> name, arrays, caption; None if TRIES of them are broken.
+
+        Each that is broken is noted, and replaced by another.
+        """
         for attempt in range(1, TRIES + 1):
             name = self.source.sample_name(i)
             try:
@@ -72,16 +75,20 @@ class Maker:
             except Broken as e:
                 broken.append((e.reason, name, e.detail))
             i = self.order.substitute(bucket, step, row, attempt)
-        drops = Drops()
-        for one in broken:
-            drops.add(*one)
-        raise InputError(f'{self.source.name}: {TRIES} broken samples one after the other: {drops}')
+        return None
 
     def step(self, step):
-        """-> (arrays, names, [(reason, name, detail)] of the broken, captions cut)."""
+        """-> (arrays, names, [(reason, name, detail)] of the broken, captions cut).
+
+        Nothing is raised here for bad input: grain would add to its message. No names: given up.
+        """
         bucket, ids = self.order(step)
         broken = []
-        slots = [self.slot(step, row, ids[row], bucket, broken) for row in self.rows]
+        slots = []
+        for row in self.rows:
+            slots.append(self.slot(step, row, ids[row], bucket, broken))
+            if slots[-1] is None:
+                return {}, [], broken, 0
         names, parts, captions = zip(*slots, strict=True)
         arrays = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         arrays['row'] = np.array(self.rows, np.int32)
@@ -89,6 +96,27 @@ class Maker:
         if self.tokenizers and captions[0] is not None:
             arrays['ids'], cut = self.tokens(captions)
         return arrays, list(names), broken, cut
+
+
+class One(Maker):
+    """Makes single samples, in the source's order."""
+
+    def __init__(self, source, tokenizers, settings):
+        super().__init__(source, tokenizers, settings, 1, (0,))
+        self.bucket = np.zeros(len(source), int)
+        for bucket, ids in enumerate(self.order.groups):
+            self.bucket[ids] = bucket
+
+    def item(self, i):
+        """-> i, bucket, name, arrays, None; or (reason, detail) in place of arrays that are none."""
+        bucket, name = int(self.bucket[i]), self.source.sample_name(i)
+        try:
+            arrays, caption = self.sample(i, 0, i, self.shapes[bucket])
+        except Broken as e:
+            return i, bucket, name, {}, (e.reason, e.detail)
+        if self.tokenizers:
+            arrays['ids'] = self.tokens([caption])[0][0]
+        return i, bucket, name, arrays, None
 
 
 class Loader:
@@ -113,18 +141,19 @@ class Loader:
             self.broken.add(*one)
         self.loaded += len(names)
         self.truncated += cut
-        share = len(self.broken) / (self.loaded + len(self.broken))
-        if len(self.broken) >= FEW and share > self.settings.max_dropped:
-            raise InputError(
-                f'{self.maker.source.name}: {len(self.broken)} of {self.loaded + len(self.broken)} '
-                f'samples were broken, more than max_dropped = {self.settings.max_dropped} of them: '
-                f'{self.broken}'
-            )
+        name = self.maker.source.name
+        if not names:
+            raise InputError(f'{name}: {TRIES} broken samples one after the other: {self.broken}')
+        if len(self.broken) >= FEW:
+            self.broken.check(name, self.loaded, self.settings.max_dropped)
+        if self.settings.workers:  # theirs is shared memory, which must not outlive them
+            arrays = {key: np.array(x) for key, x in arrays.items()}
         return Batch(arrays, names)
 
     def close(self):
         """Stop the threads and the workers."""
         self.steps.close()
+        self.steps = iter(())
 
 
 def loader(source, tokenizers, settings, *, batch, rows=None, start=0):

@@ -6,7 +6,7 @@ import numpy as np
 
 from lcm_jax.errors import InputError
 
-LABELS, PERMUTATION, SUBSTITUTE, DRAW = range(1, 5)  # what a random stream is for
+LABELS, PERMUTATION, SUBSTITUTE, DRAW, CHECK = range(1, 6)  # what a random stream is for
 
 
 class Order:

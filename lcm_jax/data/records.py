@@ -134,7 +134,9 @@ def data_source(name):
         skip = {k: tfds.decode.SkipDecoding() for k in pictures}
         return builder.as_data_source(split, decoders=skip)
     except Exception as e:  # it raises errors of many kinds for a wrong name, split or download
-        raise InputError(f'tfds:{name}/{split}: {describe(e)[:300]}') from e
+        raise InputError(
+            f'tfds:{name}/{split}: {describe(e).split(" Available datasets")[0]}'
+        ) from e
 
 
 def index_records(n, read, caption):

@@ -1,14 +1,18 @@
 """What a source holds: samples, their index, and a count of those that are left out."""
 
 import io
+import re
 import struct
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from lcm_jax.errors import InputError
+
 ORIENTATION = 274  # EXIF tag; 5..8 are turned by a quarter
 SCORES = {'watermark': 'pwatermark', 'aesthetic': 'aesthetic', 'unsafe': 'punsafe'}  # LAION's names
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # that PIL shall try, in this order
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
     Image.DecompressionBombError,
@@ -30,9 +34,9 @@ class Index(NamedTuple):
     original: np.ndarray  # [N,2] int32, the same before the set's makers resized it
     scores: np.ndarray  # [N,3] float32 in the order of SCORES; nan where nothing is said
     places: np.ndarray  # [N,k] int64, where the source finds the sample
-    broken: list = []  # [(name, reason, detail)] of samples that cannot be used
-    cut: list = []  # [(file, why)] of files that could not be read to their end
-    repeats: int = 0  # samples whose key came before in the same file
+    broken: list  # [(name, reason, detail)] of samples that cannot be used
+    cut: list  # [(file, why)] of files that could not be read to their end
+    repeats: int  # samples whose key came before in the same file
     files: int = 1
 
 
@@ -57,6 +61,15 @@ class Drops:
 
     def __len__(self):
         return sum(self.counts.values())
+
+    def check(self, name, whole, max_dropped):
+        """Raise InputError with the table if they are more than that share of them and the `whole`."""
+        total = whole + len(self)
+        if len(self) > max_dropped * total:
+            raise InputError(
+                f'{name}: {len(self)} of {total} samples are broken, more than max_dropped = '
+                f'{max_dropped} of them: {self}'
+            )
 
     def __str__(self):
         """One reason: one line; more of them: a table, a line each."""
@@ -140,11 +153,16 @@ def strings(value):
 def size_of(file):
     """An open picture file -> (height, width) from its header. Raises Broken."""
     try:
-        picture = Image.open(file)
-        turned = picture.getexif().get(ORIENTATION, 1) >= 5
+        picture = Image.open(file, formats=FORMATS)
+        turned = orientation(picture) >= 5
     except UNREADABLE as e:
         raise Broken('picture cannot be read', describe(e)) from e
     return picture.size if turned else picture.size[::-1]
+
+
+def orientation(picture):
+    """How it lies, 1 upright; without decoding it, as `getexif` alone would do with a PNG."""
+    return picture.getexif().get(ORIENTATION, 1) if 'exif' in picture.info else 1
 
 
 def decode(picture):
@@ -154,8 +172,8 @@ def decode(picture):
             raise Broken('picture cannot be read', f'shape {picture.shape}')
         return Image.fromarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
     try:
-        image = Image.open(io.BytesIO(picture))
-        image = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION) else image
+        image = Image.open(io.BytesIO(picture), formats=FORMATS)
+        image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
         if 'A' in image.getbands() or 'transparency' in image.info:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -165,5 +183,5 @@ def decode(picture):
 
 
 def describe(error):
-    """An exception in one line; PIL names BytesIO objects, which say nothing."""
-    return ' '.join(str(error).split(' <_io.')[0].split()) or type(error).__name__
+    """An exception in one line, without the Python objects that PIL names."""
+    return ' '.join(re.sub(r' <[^<>]*>$', '', str(error)).split()) or type(error).__name__

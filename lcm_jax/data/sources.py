@@ -79,11 +79,7 @@ def open_source(name, settings, model=None):
             f'{name}: {len(index.cut)} of {index.files} files cannot be read to the end, more than '
             f'max_dropped = {settings.max_dropped} of them; first: {file}: {why}'
         )
-    if len(broken) > settings.max_dropped * (len(index.names) + len(broken)):
-        raise InputError(
-            f'{name}: {len(broken)} of {len(index.names) + len(broken)} samples are broken, more '
-            f'than max_dropped = {settings.max_dropped} of them: {broken}'
-        )
+    broken.check(name, len(index.names), settings.max_dropped)
     if not len(ids):
         why = f'the filters drop all {len(filtered)}: {filtered}' if filtered else 'it is empty'
         raise InputError(f'{name}: no samples; {why}')
@@ -154,6 +150,7 @@ def keep(index, filters):
         ):
             if fails.any():
                 first = int(fails.argmax())
-                drops.add(reason, index.names[first], f'{value[first]:g}', int(fails.sum()))
+                said = '' if np.isnan(value[first]) else f'{value[first]:g}'
+                drops.add(reason, index.names[first], said, int(fails.sum()))
             kept &= ~fails
     return np.flatnonzero(kept), drops

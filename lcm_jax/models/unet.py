@@ -4,7 +4,6 @@ import dataclasses
 from functools import partial
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from lcm_jax.errors import choose
@@ -42,9 +41,6 @@ class UNetSpec:
 REMAT = {
     'none': lambda block: block,
     'blocks': nn.remat,  # keeps the inputs of each
-    'products': partial(  # and what its dense layers give, but no scores: computes convolutions again
-        nn.remat, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
 }
 
 

@@ -62,3 +62,14 @@ MODELS = {
         1024,
     ),
 }
+
+# Hub ids of models that are such a row.
+PUBLISHED = {
+    'stable-diffusion-v1-5/stable-diffusion-v1-5': 'sd15',
+    'runwayml/stable-diffusion-v1-5': 'sd15',
+    'CompVis/stable-diffusion-v1-4': 'sd15',
+    'Lykon/dreamshaper-7': 'sd15',
+    'stabilityai/stable-diffusion-2-1': 'sd21',
+    'stabilityai/stable-diffusion-xl-base-1.0': 'sdxl',
+    'segmind/SSD-1B': 'ssd1b',
+}

@@ -11,10 +11,10 @@ import numpy as np
 
 from lcm_jax.data.emoji import emoji, to_float
 from lcm_jax.demo import GUIDANCE
+from lcm_jax.encode import batched
 from lcm_jax.evaluate import Cell, Features, markdown, table
 from lcm_jax.models.vae import VAE
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.train import batched
 
 
 def reconstruction(pipe, pictures):

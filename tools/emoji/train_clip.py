@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import small_loop
 from captions import variant
 
-from lcm_jax import loop, metrics, weights
+from lcm_jax import metrics, weights
 from lcm_jax.data.emoji import emoji, to_float
 from lcm_jax.data.order import shuffled
 from lcm_jax.models.clip import ImageEncoder, TextEncoder, TextSpec, VisionSpec
@@ -113,27 +114,17 @@ def main():
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1))
     texts, images = jax.jit(partial(embed_text, spec)), jax.jit(embed_image)
 
-    def report(i, state, writer):
+    def report(i, state):
+        found = {}
         for name, samples in (('train', train[::16]), ('heldout', heldout)):
-            found = metrics.retrieval(
+            found[f'retrieval_{name}'] = metrics.retrieval(
                 np.asarray(images(state.ema, to_float(np.stack([s.picture for s in samples])))),
                 np.asarray(texts(state.ema, tokenizer([s.caption for s in samples]))),
             )
-            writer.add_scalar(f'retrieval_{name}', found, i)
-            print(f'\nstep {i}: {name} retrieval among 100: {found:.3f}', flush=True)
+        return found
 
-    state = loop.fit(
-        loop.make_step(partial(loss, spec=spec), tx, 0.99),
-        loop.init(params, tx),
-        None,
-        batch_at,
-        jax.random.key(1),
-        steps=args.steps,
-        workdir=args.workdir,
-        save_every=200,
-        on_save=report,
-        label='clip',
-    )
+    options = {'ema_decay': 0.99, 'save_every': 200, 'report': report}
+    state = small_loop.train(partial(loss, spec=spec), tx, params, None, batch_at, args, **options)
 
     for folder, config, tree in (
         ('text_encoder', text_config(spec), state.ema['text']),

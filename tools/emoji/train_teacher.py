@@ -15,20 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import small_loop
 from captions import variant
 from PIL import Image
 
-from lcm_jax import loop, weights
+from lcm_jax import weights
 from lcm_jax.checkpoint import open_folder
 from lcm_jax.conditioning import encode_text
-from lcm_jax.data.emoji import emoji
+from lcm_jax.data.emoji import emoji, to_float
 from lcm_jax.data.order import shuffled
 from lcm_jax.diffusion import alpha_sigma, schedule
+from lcm_jax.encode import batched, moments
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tensors import write_tensors
-from lcm_jax.train import encode_captions, encode_pictures
 from lcm_jax.tree import cast, count
 
 STYLES = ('noto', 'twemoji')
@@ -111,7 +112,7 @@ def loss(params, ema, frozen, batch, key, *, spec, scaling, drop=0.1):
     eps = jax.random.normal(keys[3], z.shape)
     alpha, sigma = alpha_sigma(schedule(), t, z.ndim)
     out = UNet(spec).apply({'params': params}, alpha * z + sigma * eps, t, context)
-    return jnp.mean((out - eps) ** 2), {}
+    return jnp.mean((out - eps) ** 2)
 
 
 def encoded(folder):
@@ -124,16 +125,19 @@ def encoded(folder):
     text, text_params = parts.spec('text_encoder'), parts.load('text_encoder')
     samples, rng = emoji('train', STYLES), np.random.default_rng(0)
     tokenizer = parts.tokenizer()
+    encode = jax.jit(lambda x: moments(vae, vae_params, x))
 
     def read(captions):
-        def encode(some):
-            return encode_text((text,), (text_params,), (tokenizer(some),))
+        def one(some):
+            return encode_text((text,), (text_params,), (tokenizer(some.tolist()),))
 
-        return encode_captions(encode, captions)['context']
+        return batched(one, np.array(captions, object))['context']
 
     said = [[s.caption, *(variant(s.caption, rng) for _ in range(VARIANTS - 1))] for s in samples]
+    mean, logvar = batched(lambda x: encode(to_float(x)), np.stack([s.picture for s in samples]))
     frozen = (
-        *encode_pictures(vae, vae_params, np.stack([s.picture for s in samples])),
+        mean,
+        np.exp(0.5 * logvar),
         np.stack([read(column) for column in zip(*said, strict=True)], 1),
         read([''])[0],
     )
@@ -187,25 +191,22 @@ def main():
     )
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.01))
 
-    def show(i, state, writer):
+    def show(i, state):
         write_folder(folder, spec, state.ema)
         pictures = Pipeline.load(folder)(list(PROMPTS), steps=25, guidance=3.0)
         strip = np.concatenate([np.asarray(p) for p in pictures], 1)
-        writer.add_image('guidance_3', strip, i, dataformats='HWC')
         Image.fromarray(strip).save(Path(args.workdir) / f'{i:06d}.png')
+        return {}
 
-    loop.fit(
-        loop.make_step(partial(loss, spec=spec, scaling=vae.scaling_factor), tx, 0.999),
-        loop.init(params, tx),
+    options = {'ema_decay': 0.999, 'save_every': 1000, 'log_every': 50, 'report': show}
+    small_loop.train(
+        partial(loss, spec=spec, scaling=vae.scaling_factor),
+        tx,
+        params,
         frozen,
         batch_at,
-        jax.random.key(1),
-        steps=args.steps,
-        workdir=args.workdir,
-        save_every=1000,
-        log_every=50,
-        on_save=show,
-        label='teacher',
+        args,
+        **options,
     )
 
 

@@ -18,15 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import small_loop
 
-from lcm_jax import loop, weights
+from lcm_jax import weights
 from lcm_jax.checkpoint import open_folder
 from lcm_jax.data.emoji import emoji, to_float
 from lcm_jax.data.order import shuffled
+from lcm_jax.encode import batched
 from lcm_jax.models.configs import vae_config
 from lcm_jax.models.vae import VAE, VAESpec
 from lcm_jax.tensors import write_tensors
-from lcm_jax.train import batched
 from lcm_jax.tree import cast
 
 SPEC = VAESpec(
@@ -100,23 +101,11 @@ def main():
     rate = optax.warmup_cosine_decay_schedule(0, args.lr, 100, args.steps, args.lr / 50)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-3))
 
-    def report(i, state, writer):
-        value = psnr({**state.ema, **frozen}, heldout)
-        writer.add_scalar('heldout_psnr', value, i)
-        print(f'\nstep {i}: held-out PSNR {value:.2f} dB', flush=True)
+    def report(i, state):
+        return {'heldout_psnr': psnr({**state.ema, **frozen}, heldout)}
 
-    state = loop.fit(
-        loop.make_step(loss, tx, 0.998),
-        loop.init(params, tx),
-        frozen,
-        batch_at,
-        jax.random.key(1),
-        steps=args.steps,
-        workdir=args.workdir,
-        save_every=500,
-        on_save=report,
-        label='vae',
-    )
+    options = {'ema_decay': 0.998, 'save_every': 500, 'report': report}
+    state = small_loop.train(loss, tx, params, frozen, batch_at, args, **options)
 
     params = {**state.ema, **frozen}
     if spec is None:  # the encoder is new: measure the scale of its latents

@@ -1,0 +1,26 @@
+"""LCM-LoRA of Stable Diffusion 1.5, by the reference script's recipe.
+
+python -m lcm_jax.train --config=configs/sd15_lcm_lora.py --workdir=runs/sd15_lcm_lora \
+    --config.data.source="wds:gs://BUCKET/laion/{00000..00999}.tar"
+"""
+
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    c = runpy.run_path(str(Path(__file__).with_name('default.py')))['get_config']()
+    c.model = 'stable-diffusion-v1-5/stable-diffusion-v1-5'
+    c.dtype = 'bfloat16'
+    c.data.source = 'wds:data/{00000..00009}.tar'
+    c.data.resolution = 512
+    c.train.steps = 2000
+    c.train.batch = 64
+    c.train.lr = 1e-4
+    c.train.warmup = 100
+    c.train.ema_decay = 0.0
+    c.train.save_every = 500
+    c.preview.teacher_guidance = 7.5
+    c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
+    c.export.name = 'lcm_lora_sd15'
+    return c

@@ -1,0 +1,112 @@
+"""The verbs of `lcm-jax data`: what each takes, and which function does it."""
+
+import dataclasses
+from pathlib import Path
+
+from lcm_jax.data.settings import DataSettings
+
+# Options that are keys of DataSettings, with what their help says.
+OPTIONS = {
+    'resolution': 'px of the square that is cut out, or of one of its area',
+    'crop': 'random or center',
+    'flip': 'from left to right, half of the time',
+    'buckets': "shapes near each picture's own",
+    'caption': 'extension of the caption file, or field of the JSON or the features',
+    'min_size': 'px of the shorter side',
+    'max_watermark': 'pwatermark, 0..1',
+    'min_aesthetic': 'aesthetic score, 0..10',
+    'max_unsafe': 'punsafe, 0..1',
+    'max_dropped': 'share of broken samples, and of unreadable files, that is borne',
+    'seed': 'of the order, crops and flips',
+    'threads': 'that read and decode',
+    'workers': 'processes that read and decode, besides',
+}
+
+
+def settings(args):
+    """Parsed arguments -> DataSettings."""
+    return DataSettings(source=args.source, **{key: getattr(args, key) for key in OPTIONS})
+
+
+def check(args):
+    from lcm_jax.data.check import contact_sheet, report
+    from lcm_jax.data.sources import open_source
+    from lcm_jax.text import Tokenizer
+
+    said = settings(args)
+    source = open_source(args.source, said)
+    for line in report(source, Tokenizer.clip(), said, args.limit):
+        print(line, flush=True)
+    if args.sheet and not source.encoded:
+        args.sheet.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(source, said).save(args.sheet)
+        print(f'wrote {args.sheet}')
+
+
+def cache(args):
+    from tqdm import tqdm
+
+    from lcm_jax.data.cache_fill import write_cache
+    from lcm_jax.data.sources import open_source
+    from lcm_jax.encode import encoder
+    from lcm_jax.model import describe
+    from lcm_jax.step import DTYPES
+
+    said = settings(args)
+    source = open_source(args.source, said)
+    model = describe(args.model)
+    encode = encoder(model, DTYPES[args.dtype], DTYPES[args.vae_dtype])
+    with tqdm(total=-(-len(source) // args.processes), unit=' samples') as bar:
+        done, broken = write_cache(
+            args.out,
+            source,
+            model.tokenizers(),
+            said,
+            encode,
+            model=args.model,
+            batch=args.batch,
+            process=args.process,
+            processes=args.processes,
+            log=lambda n: bar.update(n - bar.n),
+        )
+    if broken:
+        print(f'left out: {broken}')
+    print(f'wrote {done:,} samples; train with model={args.model} data.source=cache:{args.out}')
+
+
+def add(verbs, verb):
+    """Add `data` and its verbs to the parser; verb(run, name, text, group) adds one."""
+    text = 'check a source of captioned pictures, or encode it once for training'
+    group = verbs.add_parser('data', help=text, description=text)
+    group = group.add_subparsers(required=True, metavar='VERB')
+
+    p = verb(check, 'check', 'read a source as a run would, and say what is in it', group)
+    options(p)
+    p.add_argument('--limit', type=int, default=1000, help='samples to read; 0: all; default: 1000')
+    p.add_argument('--sheet', type=Path, metavar='FILE', help='picture file for a contact sheet')
+
+    p = verb(cache, 'cache', 'write latents and text embeddings of a source', group)
+    options(p)
+    p.add_argument('out', help='folder to write')
+    p.add_argument('--model', default='emoji', help='whose VAE and text encoders; default: emoji')
+    for name, what in (('--dtype', 'text encoders'), ('--vae-dtype', 'VAE')):
+        text = f'of the {what}, as in the config of the run; default: float32'
+        p.add_argument(name, choices=('float32', 'bfloat16'), default='float32', help=text)
+    p.add_argument('--batch', type=int, default=16, help='samples encoded at once; default: 16')
+    p.add_argument(
+        '--process', type=int, default=0, help='which of --processes this is; default: 0'
+    )
+    p.add_argument('--processes', type=int, default=1, help='that share the work; default: 1')
+
+
+def options(p):
+    """The source, and an option for each row of OPTIONS."""
+    p.add_argument('source', help="such as emoji or 'wds:shards/{00000..00041}.tar'")
+    defaults = {field.name: field.default for field in dataclasses.fields(DataSettings)}
+    for key, text in OPTIONS.items():
+        default, name = defaults[key], '--' + key.replace('_', '-')
+        if default is False:
+            p.add_argument(name, action='store_true', help=text)
+        else:
+            text = f'{text}; default: {default}'
+            p.add_argument(name, type=type(default), default=default, help=text)

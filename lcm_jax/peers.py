@@ -1,0 +1,97 @@
+"""What the processes of one run tell each other when one of them fails: none waits for it for ever."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+
+import jax
+
+from lcm_jax.errors import InputError
+
+EVERY = 1.0  # seconds between two looks
+LOST = 60.0  # seconds of silence after which a process is given up; JAX itself aborts after 100
+FAILED, ALIVE = 'lcm_jax/failed', 'lcm_jax/alive'  # folders of the key-value store
+DONE = 'done'
+AGAIN = 'start all processes again: the run goes on from its last checkpoint'
+
+
+def store():
+    """The key-value store of the coordination service, which process 0 runs; None if there is one process.
+
+    JAX has no public name for it.
+    """
+    from jax._src.distributed import global_state
+
+    return global_state.client if jax.process_count() > 1 else None
+
+
+class Peers:
+    """While entered in each of several processes, an exception in one ends all, with status 1.
+
+    So does the silence of one that was killed. In a run of one process it does nothing. expected:
+    exceptions that all processes raise alike.
+    """
+
+    def __init__(self, expected=()):
+        self.expected, self.left, self.heard = expected, threading.Event(), {}
+
+    def __enter__(self):
+        self.store, self.me = store(), jax.process_index()
+        if self.store:
+            now = time.monotonic()
+            self.heard = {str(i): (None, now) for i in range(jax.process_count()) if i != self.me}
+            threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, kind, error, _):
+        self.left.set()
+        if not self.store:
+            return
+        if error is None or isinstance(error, self.expected):
+            return self.store.key_value_set(f'{ALIVE}/{self.me}', DONE, allow_overwrite=True)
+        if isinstance(error, InputError):
+            said = f'error: {error}'
+        else:
+            traceback.print_exception(error)
+            said = f'error: {kind.__name__}: {error}'.splitlines()[0]
+        try:
+            self.store.key_value_set(f'{FAILED}/{self.me}', said)
+        finally:  # whether there is someone to listen or not
+            self.end(said)
+
+    def watch(self):
+        """Say that this process is alive, and end it when another one is not."""
+        for count in range(1 << 40):
+            if self.left.wait(EVERY):
+                return
+            try:
+                self.store.key_value_set(f'{ALIVE}/{self.me}', str(count), allow_overwrite=True)
+                failed, alive = (self.store.key_value_dir_get(name) for name in (FAILED, ALIVE))
+            except Exception:
+                return self.left.is_set() or self.end(f'error: process 0 is gone; {AGAIN}')
+            if self.left.is_set():
+                return
+            for key, said in failed:
+                self.end(f'{said} (in process {key.rpartition("/")[2]}; this is {self.me})')
+            silent = self.silent({key.rpartition('/')[2]: beat for key, beat in alive})
+            if silent:
+                self.end(f'error: no sign of process {silent} for {LOST:.0f} s; {AGAIN}')
+
+    def silent(self, alive):
+        """What each process said last -> one that has been silent for too long, or None."""
+        now = time.monotonic()
+        for process, (beat, since) in self.heard.items():
+            if alive.get(process) != beat:
+                self.heard[process] = alive[process], now
+            elif beat != DONE and now - since > LOST:
+                return process
+        return None
+
+    def end(self, said):
+        """Say so and end at once: a thread that waits for other processes cannot be woken."""
+        print(f'\n{said}', file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        time.sleep(EVERY if self.me else 3 * EVERY)  # the store outlives those that ask it
+        os._exit(1)

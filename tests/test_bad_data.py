@@ -1,0 +1,144 @@
+"""Bad input from outside: what each says."""
+
+import numpy as np
+import pytest
+from sets import array_record, encoded, example, sample, shard, tar_of
+
+from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.sources import open_source
+from lcm_jax.errors import InputError
+
+BORNE = DataSettings(max_dropped=1.0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+
+
+JPEG = encoded(kind='JPEG')
+
+
+@pytest.mark.parametrize(
+    ('members', 'reason', 'detail'),
+    [
+        ([('1.txt', b'alone')], 'no picture', 'it has txt'),
+        ([('1.png', encoded())], 'no caption', "no 'txt' among nothing"),
+        (sample('1', caption=' \n'), 'empty caption', ''),
+        (sample('1', caption=b'\xff\xfe'), 'caption is not UTF-8', 'utf-8'),
+        ([('1.png', b'none'), ('1.txt', b'x')], 'picture cannot be read', 'cannot identify image'),
+        ([('1.jpg', JPEG[:20]), ('1.txt', b'x')], 'picture cannot be read', ''),
+        ([*sample('1')[:1], ('1.json', b'{'), ('1.txt', b'x')], 'JSON cannot be read', 'Expecting'),
+        ([*sample('1')[:1], ('1.json', b'[]'), ('1.txt', b'x')], 'JSON cannot be read', 'a list'),
+    ],
+)
+def test_a_bad_sample_is_counted_and_named(tmp_path, members, reason, detail):
+    tar = tar_of(tmp_path / 'bad.tar', [*sample('0'), *members, *sample('2')])
+    source = open_source(f'wds:{tar}', BORNE)
+    assert len(source) == 2 and source.broken.counts == {reason: 1}
+    assert detail in source.broken.first[reason] and '<' not in source.broken.first[reason]
+    with pytest.raises(
+        InputError, match=f'1 of 3 samples are broken.*: 1 {reason} .*bad.tar/1'
+    ) as e:
+        open_source(f'wds:{tar}', DataSettings())
+    assert '\n' not in str(e.value)
+
+
+def test_several_reasons_make_a_table(tmp_path):
+    bad = [*sample('1', caption=''), *sample('2', caption=''), ('3.txt', b'alone')]
+    tar = tar_of(tmp_path / 'bad.tar', [*sample('0'), *bad])
+    with pytest.raises(InputError) as e:
+        open_source(f'wds:{tar}', DataSettings())
+    assert str(e.value).splitlines()[1:] == [
+        '  2 empty caption (first: bad.tar/1)',
+        '  1 no picture (first: bad.tar/3: it has txt)',
+    ]
+
+
+def cut(file, keep):
+    file.write_bytes(file.read_bytes()[:keep])
+
+
+def damaged(file):
+    """Overwrite a header in the middle."""
+    content = bytearray(file.read_bytes())
+    at = content.index(b'0003.png')
+    content[at : at + 300] = np.random.default_rng(0).bytes(300)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ('harm', 'said'),
+    [
+        (lambda file: cut(file, 6000), 'unexpected end of data'),
+        (lambda file: cut(file, 7000), 'no tar header and no end mark at byte 6656'),
+        (lambda file: cut(file, 7680), 'no tar header and no end mark at byte 7680'),
+        (damaged, 'no tar header and no end mark at byte'),
+    ],
+)
+def test_a_shard_that_ends_early_keeps_what_comes_before(tmp_path, harm, said):
+    for i in range(4):
+        shard(tmp_path / f'{i}.tar', 6, seed=i, size=(16, 16))
+    whole = len(open_source(f'wds:{tmp_path}/0.tar', BORNE))
+    harm(tmp_path / '2.tar')
+    source = open_source(f'wds:{tmp_path}/*.tar', DataSettings(max_dropped=0.25))
+    assert 3 * whole < len(source) < 4 * whole
+    assert [(file, said in why) for file, why in source.cut] == [(f'{tmp_path}/2.tar', True)]
+    with pytest.raises(InputError, match=f'1 of 4 files cannot be read.*2.tar: .*{said}') as e:
+        open_source(f'wds:{tmp_path}/*.tar', DataSettings())
+    assert '\n' not in str(e.value)
+
+
+def test_files_that_are_no_tars(tmp_path):
+    (tmp_path / 'text.tar').write_text('no tar at all')
+    (tmp_path / 'text.tar.gz').write_text('no gzip at all')
+    shard(tmp_path / 'plain.tar', 3)
+    noise = [('1.png', np.random.default_rng(0).bytes(20_000)), ('1.txt', b'x')]
+    tar_of(tmp_path / 'cut.tar.gz', [*sample('0'), *noise], 'w:gz')
+    cut(tmp_path / 'cut.tar.gz', 5000)
+    for name, said in (
+        ('text.tar', 'truncated header'),
+        ('text.tar.gz', 'Not a gzipped file'),
+        ('cut.tar.gz', 'Compressed file ended before'),
+    ):
+        with pytest.raises(InputError, match=f'1 of 1 files cannot be read.*{name}: .*{said}'):
+            open_source(f'wds:{tmp_path}/{name}', DataSettings())
+    with pytest.raises(InputError, match=r'cannot open .*nope.tar'):
+        open_source(f'wds:{tmp_path}/nope.tar', BORNE)
+    with pytest.raises(InputError, match=r'no file matches .*nope-\*.tar'):
+        open_source(f'wds:{tmp_path}/nope-*.tar', BORNE)
+    with pytest.raises(InputError, match=r'cannot open nope://x.tar: Protocol not known: nope'):
+        open_source('wds:nope://x.tar', BORNE)
+
+
+def test_array_records_that_are_none(tmp_path):
+    file = tmp_path / 'x.array_record'
+    array_record(
+        file, [example(image=encoded(), text=b'one'), b'\xff no example', example(text=b'')]
+    )
+    source = open_source(f'array_record:{file}', BORNE)
+    assert len(source) == 1
+    assert source.broken.counts == {'record is no tf.train.Example': 1, 'no picture': 1}
+    (tmp_path / 'y.array_record').write_text('no array_record')
+    with pytest.raises(InputError, match='1 of 1 files cannot be read'):
+        open_source(f'array_record:{tmp_path}/y.array_record', DataSettings())
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(InputError, match='there is no such folder'):
+        open_source(f'folder:{tmp_path}/nope', BORNE)
+    with pytest.raises(InputError, match='no samples; it is empty'):
+        open_source(f'folder:{tmp_path}', BORNE)
+    (tmp_path / '1.png').write_bytes(encoded())
+    with pytest.raises(InputError, match=r'1 of 1 samples are broken.*1 no caption'):
+        open_source(f'folder:{tmp_path}', DataSettings())
+    (tmp_path / 'metadata.jsonl').write_text('{"text": "x"}\n')
+    with pytest.raises(InputError, match=r'metadata.jsonl:1: not a JSON object with file_name'):
+        open_source(f'folder:{tmp_path}', BORNE)
+
+
+def test_unknown_sources():
+    with pytest.raises(InputError, match=r"unknown source 'wsd' \(did you mean 'wds'\?\)"):
+        open_source('wsd:x.tar', BORNE)
+    with pytest.raises(InputError, match='write tfds:NAME/SPLIT'):
+        open_source('tfds:coco', BORNE)

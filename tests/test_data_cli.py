@@ -1,0 +1,62 @@
+"""lcm-jax data check, and the arguments of lcm-jax data cache."""
+
+import pytest
+from PIL import Image
+from sets import sample, tar_of
+
+from lcm_jax.cli import main, parser
+from lcm_jax.data_cli import settings
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+
+
+def test_check_says_what_is_in_a_source(tmp_path, capsys):
+    members = [m for i in range(8) for m in sample(f'{i}', size=(40, 20 + i), aesthetic=i / 2)]
+    members += [*sample('7'), *sample('8', caption=''), *sample('9', caption='word ' * 99)]
+    tar = tar_of(tmp_path / 'x.tar', members)
+    sheet = tmp_path / 'deep' / 'sheet.png'
+    options = ['--min-aesthetic', '1', '--max-dropped', '0.2', '--caption', 'txt', '--buckets']
+    main(['data', 'check', f'wds:{tar}', *options, '--sheet', str(sheet)])
+    out = capsys.readouterr().out
+    for line in (
+        f'wds:{tar}: 6 of 11 samples',
+        'broken, by the index: 1 empty caption (first: x.tar/8)',
+        '2 outside min_aesthetic = 1 (first: x.tar/0: 0)',
+        '2 without what min_aesthetic needs (first: x.tar/7)',
+        'keys that came before in the same file: 1; each is a sample',
+        'pictures, height x width: from 22 x 40, median 24 x 40, to 27 x 40',
+        'cut to 48 x 80: ',
+        'captions: 4.0 tokens on average (start and end included), from 4 to 4; 0 of 6',
+        'read 6 samples at ',
+        f'wrote {sheet}',
+    ):
+        assert line in out
+    assert Image.open(sheet).size[0] > 700
+
+
+def test_check_reads_some_or_all(capsys):
+    for limit, n in (('5', 5), ('0', 30), ('99', 30)):
+        main(['data', 'check', 'synthetic:30', '--limit', limit])
+        assert f'read {n} samples at ' in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(tmp_path):
+    tar = tar_of(tmp_path / 'x.tar', sample('1'))
+    for source, options, said in (
+        ('synthetic:0', [], 'error: synthetic:0: write synthetic:N'),
+        ('synthetic:9', ['--resolution', '13'], 'error: data.resolution = 13: must be a multiple'),
+        (f'wds:{tar}', ['--min-size', '64'], 'the filters drop all 1: 1 outside min_size = 64'),
+    ):
+        with pytest.raises(SystemExit) as e:
+            main(['data', 'check', source, *options])
+        assert said in e.value.code and '\n' not in e.value.code
+
+
+def test_options_are_the_settings():
+    args = parser().parse_args(['data', 'cache', 'synthetic:9', 'out', '--flip', '--min-size', '9'])
+    got = settings(args)
+    assert got.source == 'synthetic:9' and got.flip and got.min_size == 9 and got.resolution == 64
+    assert args.model == 'emoji' and args.processes == 1

@@ -1,0 +1,74 @@
+"""The same run on other devices: trainer_tables.py prints the larger table."""
+
+import pytest
+import runs
+from sets import encoded
+from trainer_tables import MESH
+
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
+
+
+@pytest.fixture(scope='module')
+def alone(model, tmp_path_factory):
+    """The workdir of a run on one device."""
+    workdir = tmp_path_factory.mktemp('alone') / 'run'
+    runs.finish(runs.start(model, workdir))
+    return workdir
+
+
+def close(a, b, steps=6, loss=1e-4, params=2e-2):
+    """Two workdirs: float32 rounding apart. Adam turns the smallest gradients' signs into steps."""
+    a_losses, b_losses = runs.losses(a), runs.losses(b)
+    assert [*a_losses] == [*b_losses] == [*range(1, steps + 1)]
+    assert runs.difference(a_losses, b_losses) < loss
+    assert runs.difference(runs.exported(a), runs.exported(b)) < params
+
+
+def test_two_processes_of_four_devices(model, alone, tmp_path):
+    """data 2 x fsdp 2 x tensor 2, and each process reads its part of the batch."""
+    said = runs.finish(*runs.start_several(model, tmp_path / 'run', MESH))
+    assert 'mesh data 2 x fsdp 2 x tensor 2: 8 cpu, 2 processes' in said[0]
+    assert 'mesh data' not in said[1]  # only the first one speaks
+    close(alone, tmp_path / 'run')
+
+
+def test_a_run_goes_on_on_other_devices(model, alone, tmp_path):
+    """8 devices, then 1, then 4, with what may change: the cut of the batch and of the backward pass."""
+    run = tmp_path / 'run'
+    for steps, devices, settings in (
+        (2, 8, {}),
+        (4, 1, {'train.accumulate': 2, 'train.remat': 'blocks'}),
+        (6, 4, {'mesh.fsdp': 2}),
+    ):
+        said = runs.finish(runs.start(model, run, {'train.steps': steps} | settings, devices))
+    assert runs.first_step(said[0]) == 4
+    close(alone, run)
+
+
+def test_from_the_cache_as_from_pixels(model, alone, tmp_path):
+    """By two processes, each of which encodes its part."""
+    processes = runs.start_several(model, tmp_path / 'run', {'data.cache': True}, devices=1)
+    runs.finish(*processes)
+    assert len([*(tmp_path / 'run' / 'cache').glob('part-*-of-00002.json')]) == 2
+    close(alone, tmp_path / 'run')
+
+
+def test_an_error_in_one_process_ends_all(model, tmp_path):
+    """Process 1 finds its pictures cut short, while process 0 waits for it in the first step."""
+    settings = []
+    for name, length in (('good', None), ('bad', 60)):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            (tmp_path / name / f'{i}.png').write_bytes(encoded(size=(40, 40))[:length])
+            (tmp_path / name / f'{i}.txt').write_text('a picture')
+        settings.append({'data.source': f'folder:{tmp_path / name}'})
+    processes = runs.start_several(model, tmp_path / 'run', settings, devices=1)
+    good, bad = runs.finish(*processes, timeout=120, status=1)
+    error = f'error: folder:{tmp_path}/bad: 100 broken samples one after the other'
+    assert error in bad and 'Traceback' not in bad
+    assert error in good and '(in process 1; this is 0)' in good and 'Traceback' not in good

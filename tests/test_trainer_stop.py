@@ -1,0 +1,89 @@
+"""Runs that are killed go on as if nothing had been: trainer_tables.py kills more often."""
+
+import random
+import signal
+import time
+
+import pytest
+import runs
+
+pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
+LONG = {'train.steps': 24, 'train.save_every': 3}
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
+
+
+@pytest.fixture(scope='module')
+def whole(model, tmp_path_factory):
+    """The workdir of a run that was left alone."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    runs.finish(runs.start(model, workdir, LONG))
+    return workdir
+
+
+def equal(whole, run):
+    """To the bit: state, exported files; each step is reported once."""
+    runs.same(runs.state(whole), runs.state(run))
+    for name in ('lora', 'lora_best'):
+        runs.same(runs.exported(whole, name), runs.exported(run, name))
+    assert runs.losses(whole) == runs.losses(run)
+    assert sorted(runs.losses(run)) == [*range(1, LONG['train.steps'] + 1)]
+
+
+def writing(run):
+    """Whether a checkpoint is being written."""
+    return bool(runs.checkpoints(run)[1])
+
+
+def test_killed_while_it_saves_and_while_it_trains(model, whole, tmp_path):
+    run = tmp_path / 'run'
+    process = runs.start(model, run, LONG)
+    assert runs.until(lambda: writing(run), process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process = runs.start(model, run, LONG)
+    assert runs.until(lambda: runs.checkpoints(run)[0], process)
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    said = runs.finish(runs.start(model, run, LONG))
+    assert runs.first_step(said[0]) > 0
+    equal(whole, run)
+
+
+def test_sigterm_saves_and_ends_with_143(model, whole, tmp_path):
+    run = tmp_path / 'run'
+    process = runs.start(model, run, LONG)
+    assert runs.until(lambda: len(runs.lines(run)) > 1, process)
+    process.send_signal(signal.SIGTERM)
+    (said,) = runs.finish(process, status=143)
+    assert 'stopped by SIGTERM, saved at step' in said and 'Traceback' not in said
+    saved = runs.checkpoints(run)[0][-1]
+    assert f'saved at step {saved};' in said and not writing(run)
+    (said,) = runs.finish(runs.start(model, run, LONG))
+    assert runs.first_step(said) == saved
+    equal(whole, run)
+
+
+def test_one_of_two_processes_is_killed_or_stopped(model, tmp_path):
+    """The other one ends too, and says why; both go on from the last checkpoint."""
+    run, whole = tmp_path / 'run', tmp_path / 'whole'
+    runs.finish(*runs.start_several(model, whole, LONG, devices=1))
+    processes = runs.start_several(model, run, LONG, devices=1, lost=5.0)
+    assert runs.until(lambda: runs.checkpoints(run)[0], *processes)
+    processes[1].send_signal(signal.SIGKILL)
+    assert processes[1].wait() == -signal.SIGKILL
+    (said,) = runs.finish(processes[0], timeout=50, status=1)
+    assert 'error: no sign of process 1 for 5 s; start all processes again' in said
+    assert 'Traceback' not in said
+
+    processes = runs.start_several(model, run, LONG, devices=1)
+    assert runs.until(lambda: 'going on from' in processes[0].log.read_text(), *processes)
+    processes[1].send_signal(signal.SIGTERM)
+    said = runs.finish(*processes, status=143)
+    assert 'stopped by SIGTERM' in said[0] and 'Traceback' not in ''.join(said)
+    runs.finish(*runs.start_several(model, run, LONG, devices=1))
+    equal(whole, run)
