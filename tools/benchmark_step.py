@@ -165,9 +165,7 @@ def peer(args):
     net = diffusers.UNet2DConditionModel(**args.config).requires_grad_(False)
     for key, p in net.named_parameters():
         p.data = torch.from_numpy(random(key, tuple(p.shape))).to(dtype)
-    net.add_adapter(
-        peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=args.targets)
-    )
+    net.add_adapter(peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=args.targets))
     trained = {k: p for k, p in net.named_parameters() if '.lora_' in k}
     for key, p in trained.items():
         if '.lora_A.' in key:
@@ -210,7 +208,9 @@ def peer(args):
         prediction = consistency(noisy, t, x['cond'], x['sizes'])
         with torch.no_grad():
             net.disable_adapters()
-            (x_c, eps_c), (x_u, eps_u) = (predict(noisy, t, c, x['sizes']) for c in (x['cond'], unconditional))
+            (x_c, eps_c), (x_u, eps_u) = (
+                predict(noisy, t, c, x['sizes']) for c in (x['cond'], unconditional)
+            )
             net.enable_adapters()
             prev = expand(abar[s])
             previous = prev.sqrt() * (x_c + w * (x_c - x_u))
@@ -313,7 +313,12 @@ def step(args):
     table = {}
     for side in sides:
         _, wall, cpu = zip(*rows[side][1:], strict=True)
-        table[side] = statistics.median(wall), min(wall), statistics.median(cpu), peaks[side] / 2**30
+        table[side] = (
+            statistics.median(wall),
+            min(wall),
+            statistics.median(cpu),
+            peaks[side] / 2**30,
+        )
         print(f'{side:10}  ' + '  '.join(f'{x:8.3f}' for x in table[side]))
     if len(sides) == 2:
         ratio = [a / b for a, b in zip(*table.values(), strict=True)]
