@@ -47,9 +47,7 @@ class Saves:
         if best:
             policies.append(
                 keep_policy.BestN(
-                    get_metric_fn=lambda m: -m.get(best, math.inf),
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
+                    get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
                 )
             )
         logging.getLogger('absl').setLevel(logging.ERROR)  # a page for every checkpoint
@@ -57,6 +55,7 @@ class Saves:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep_policy.AnyPreservationPolicy(policies),
+                best_fn=self._rank if best else None,  # else metrics would not be written
                 cleanup_tmp_directories=True,
             ),
             item_handlers={
