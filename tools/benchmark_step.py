@@ -271,10 +271,22 @@ def describe(args):
     args.channels, args.width = model.unet.in_channels, model.unet.context_dim
     args.pooled, args.kind = model.unet.pooled_dim, model.prediction_type
     args.config = configs.unet_config(model.unet, args.side)
-    args.targets = (
-        'to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut '
-        'downsamplers.0.conv upsamplers.0.conv time_emb_proj'
-    ).split()
+    args.targets = [
+        'to_q',
+        'to_k',
+        'to_v',
+        'to_out.0',
+        'proj_in',
+        'proj_out',
+        'ff.net.0.proj',
+        'ff.net.2',
+        'conv1',
+        'conv2',
+        'conv_shortcut',
+        'downsamplers.0.conv',
+        'upsamplers.0.conv',
+        'time_emb_proj',
+    ]
     return args
 
 
