@@ -167,7 +167,11 @@ def losses(workdir):
 
 def checkpoints(workdir):
     """-> the steps whose checkpoints are complete by their names, and names of unfinished ones."""
-    names = os.listdir(Path(workdir) / 'checkpoints') if (Path(workdir) / 'checkpoints').is_dir() else []
+    names = (
+        os.listdir(Path(workdir) / 'checkpoints')
+        if (Path(workdir) / 'checkpoints').is_dir()
+        else []
+    )
     return sorted(int(n) for n in names if n.isdigit()), [n for n in names if not n.isdigit()]
 
 
@@ -195,9 +199,7 @@ def same(a, b):
 def difference(a, b):
     """{name: number or array} twice -> the largest difference, relative to the largest of its array."""
     assert a.keys() == b.keys()
-    return max(
-        float(np.max(np.abs(a[k] - b[k])) / max(np.max(np.abs(a[k])), 1e-30)) for k in a
-    )
+    return max(float(np.max(np.abs(a[k] - b[k])) / max(np.max(np.abs(a[k])), 1e-30)) for k in a)
 
 
 def first_step(text):

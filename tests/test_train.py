@@ -58,7 +58,9 @@ def test_configs_override_five_to_fifteen_keys(name):
 def test_every_key_is_commented_where_it_is_defined():
     file = runs.CONFIGS / 'default.py'
     with open(file, 'rb') as source:
-        commented = {t.start[0] for t in tokenize.tokenize(source.readline) if t.type == tokenize.COMMENT}
+        commented = {
+            t.start[0] for t in tokenize.tokenize(source.readline) if t.type == tokenize.COMMENT
+        }
     keys = {}
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
@@ -107,9 +109,12 @@ def test_every_key_is_read(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(feed, 'DataSettings', Settings)
     for name, changes in {
-        'lora': {'data.validation': 'synthetic:8', 'data.validation_batches': 1},
-        'full': {'objective': 'denoise', 'trains': 'full'},
-        'lcm': {'trains': 'full', 'data.cache': True},
+        'lora': {
+            'objective': 'denoise',
+            'data.validation': 'synthetic:8',
+            'data.validation_batches': 1,
+        },
+        'full': {'trains': 'full', 'data.cache': True},
     }.items():
         changes = {'train.steps': 1, 'train.decay': True, 'train.warmup': 0} | changes
         config, workdir, _ = train.parse(runs.arguments(model, tmp_path / name, changes))
@@ -172,7 +177,9 @@ def test_command_lines_that_lack_something(tmp_path):
 def test_settings_outside_the_tables_are_refused(model, tmp_path, settings, said):
     with pytest.raises(InputError, match=said):
         runs.run(model, tmp_path / 'run', **settings)
-    assert not (tmp_path / 'run' / 'checkpoints').is_dir() or not runs.checkpoints(tmp_path / 'run')[0]
+    assert (
+        not (tmp_path / 'run' / 'checkpoints').is_dir() or not runs.checkpoints(tmp_path / 'run')[0]
+    )
 
 
 # --- the loss
@@ -270,7 +277,9 @@ def test_another_recipe_is_refused_and_a_longer_run_goes_on(model, tmp_path):
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     runs.run(model, whole, train__steps=4)
     runs.run(model, parts, train__steps=3)
-    with pytest.raises(InputError, match=r'train\.lr = 0\.001 \(now 0\.01\); go on with its settings'):
+    with pytest.raises(
+        InputError, match=r'train\.lr = 0\.001 \(now 0\.01\); go on with its settings'
+    ):
         runs.run(model, parts, train__steps=4, train__lr=1e-2)
     with pytest.raises(InputError, match=r"distill\.w = '2:4' \(now '2:5'\)"):
         runs.run(model, parts, train__steps=4, distill__w='2:5')
@@ -348,7 +357,11 @@ def test_a_cache_of_something_else_is_refused(model, tmp_path):
 
 
 def test_ranks_and_alphas_by_pattern_come_back_from_the_file(model, tmp_path):
-    rows = (('.*to_[qkv]/kernel', 2, 6.0), ('.*conv1/kernel', 0, 1.0), ('.*/(ff.*|conv.*)/kernel', 3, 1.0))
+    rows = (
+        ('.*to_[qkv]/kernel', 2, 6.0),
+        ('.*conv1/kernel', 0, 1.0),
+        ('.*/(ff.*|conv.*)/kernel', 3, 1.0),
+    )
     config, workdir, _ = train.parse(
         runs.arguments(model, tmp_path, {'lora.targets': rows, 'train.steps': 3, 'train.lr': 0.01})
     )

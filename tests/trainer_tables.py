@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import runs
@@ -36,21 +37,32 @@ def once(model, workdir, settings, devices, processes):
 def equality(model, out):
     print('largest relative differences from 1 device, 20 steps')
     print(f'{"":40} {"losses":>9} {"file":>9} {"params":>9} {"average":>9} {"moments":>9} seconds')
+    reference = None
     for i, (label, (settings, devices, processes)) in enumerate(ROWS.items()):
         workdir, began = out / f'run{i}', time.perf_counter()
         once(model, workdir, STEPS | settings, devices, processes)
         seconds = time.perf_counter() - began
         got = runs.losses(workdir), runs.exported(workdir), runs.state(workdir)
-        reference = got if i == 0 else reference
+        reference = reference or got
         assert len(got[0]) == 20
         diffs = [runs.difference(a, b) for a, b in zip(reference[:2], got[:2], strict=True)]
         for part in ('params', 'ema', 'opt'):
             pick = [{k: x for k, x in r[2].items() if k.startswith(part)} for r in (reference, got)]
             diffs.append(runs.difference(*pick))
-        print(f'{label:40} ' + ' '.join(f'{d:9.1e}' for d in diffs) + f' {seconds:7.0f}', flush=True)
+        print(
+            f'{label:40} ' + ' '.join(f'{d:9.1e}' for d in diffs) + f' {seconds:7.0f}', flush=True
+        )
 
 
 LONG = {'train.steps': 60, 'train.save_every': 3}
+
+
+def saves_now(workdir, before):
+    return {*runs.checkpoints(workdir)[1]} - {*before}
+
+
+def has_reported(workdir, before):
+    return len(runs.lines(workdir)) != before
 
 
 def kills(model, out, n=10, processes=1, devices=1):
@@ -67,10 +79,10 @@ def kills(model, out, n=10, processes=1, devices=1):
         before = len(runs.lines(parts))
         target, had = rng.choice(running), runs.checkpoints(parts)
         if i % 2:
-            seen = runs.until(lambda: set(runs.checkpoints(parts)[1]) - set(had[1]), *running)
+            seen = runs.until(partial(saves_now, parts, had[1]), *running)
             time.sleep(rng.uniform(0, 0.05))
         else:
-            seen = runs.until(lambda: len(runs.lines(parts)) != before, *running)
+            seen = runs.until(partial(has_reported, parts, before), *running)
             time.sleep(rng.uniform(0, 4))
         if not seen:
             print('the run had ended before')
