@@ -35,7 +35,7 @@ def get_config():
     c.data.workers = 0  # processes that read and decode; 0: the trainer's own
 
     c.lora = ml_collections.ConfigDict()
-    c.lora.rank = 64
+    c.lora.rank = 64  # of the update, down @ up
     c.lora.alpha = 0.0  # the update is alpha / rank * down @ up; 0: alpha is the rank
     c.lora.targets = ()  # rows (regex on parameter paths, rank, alpha), the first match counts;
     # empty: the modules that LCM-LoRA adapts, with the rank and alpha above
@@ -68,7 +68,7 @@ def get_config():
     c.train.warmup = 50  # steps
     c.train.decay = False  # cosine to 1 % of the peak over the run (else constant)
     c.train.b2 = 0.999  # Adam's second decay
-    c.train.weight_decay = 0.0
+    c.train.weight_decay = 0.0  # Adam's, times the learning rate
     c.train.clip = 1.0  # global gradient norm
     c.train.ema_decay = 0.95  # per step; 0: no average is kept
     c.train.caption_dropout = 0.0  # share of captions replaced by the null condition
@@ -93,18 +93,18 @@ def get_config():
     # that come before those of lcm_jax/sharding.py
 
     c.preview = ml_collections.ConfigDict()  # pictures drawn at each checkpoint
-    c.preview.prompts = (
+    c.preview.prompts = (  # one picture each
         'red heart, emotion, heart, love, red, noto emoji',
         'cat face, animal, cat, face, kitten, kitty, pet, twemoji',
         'strawberry, berry, fruit, noto emoji',
         'avocado, food, fruit, twemoji',
     )
-    c.preview.sampler = 'lcm'
-    c.preview.steps = 4
-    c.preview.guidance = 1.0
+    c.preview.sampler = 'lcm'  # lcm, ddim, dpm, dpm++
+    c.preview.steps = 4  # of the sampler
+    c.preview.guidance = 1.0  # its scale; 1: none
     c.preview.teacher_steps = 50  # DDIM, of the base: what the pictures' distance is taken to
-    c.preview.teacher_guidance = 4.0
-    c.preview.seed = 0
+    c.preview.teacher_guidance = 4.0  # scale of the teacher's guidance
+    c.preview.seed = 0  # of the noise that all pictures start from
 
     c.export = ml_collections.ConfigDict()
     c.export.name = 'lora'  # NAME.safetensors, or the folder NAME, in the workdir; and NAME_best

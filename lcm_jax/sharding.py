@@ -20,9 +20,16 @@ _COLUMNS = (
     r'.*(to_q|to_k|to_v|ff\.net\.0\.proj|conv1|time_emb_proj|linear_1|cond_proj|q_proj|k_proj|v_proj|'
     r'mlp\.fc1|fc1)/kernel'
 )
+# A convolution's kernel has both axes at one dimension: XLA's partitioner (jax 0.10.2) gets the order of
+# the samples wrong where the other one, or the other's gradient, is divided by an axis of the batch.
+_CONV = r'.*(conv\w*|proj_in|proj_out)/kernel'
+_BOTH = 'tensor', 'fsdp'
 # (regex of the whole path, mesh axes of the last dimensions); the first match counts. Base weights,
 # adapters ('.../kernel/down'), their moments and their average have the same names at the end.
 RULES = (
+    (r'.*conv1/kernel', (None, _BOTH)),
+    (_CONV, (_BOTH, None)),
+    (_CONV + '/down', (_BOTH, None)),
     (_COLUMNS, ('fsdp', 'tensor')),
     (_COLUMNS + '/down', ('fsdp', None)),
     (_COLUMNS + '/up', ('fsdp', 'tensor')),

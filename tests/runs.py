@@ -44,6 +44,7 @@ SETTINGS = {  # of every run here, over configs/default.py
     'data.source': 'synthetic:40',
     'data.resolution': 16,
     'data.threads': 1,
+    'data.crop': 'center',
     'lora.rank': 4,
     'lora.alpha': 8.0,
     'distill.w': '2:4',

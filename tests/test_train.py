@@ -111,7 +111,7 @@ def test_every_key_is_read(model, tmp_path, monkeypatch):
         'full': {'objective': 'denoise', 'trains': 'full'},
         'lcm': {'trains': 'full', 'data.cache': True},
     }.items():
-        changes = {'train.steps': 1, 'train.decay': True} | changes
+        changes = {'train.steps': 1, 'train.decay': True, 'train.warmup': 0} | changes
         config, workdir, _ = train.parse(runs.arguments(model, tmp_path / name, changes))
         train.run(Recording(config, read), workdir)
     assert {*leaves('default')} - read == set()
@@ -280,23 +280,37 @@ def test_another_recipe_is_refused_and_a_longer_run_goes_on(model, tmp_path):
     assert runs.losses(whole) == runs.losses(parts) and len(runs.losses(parts)) == 4
 
 
-@pytest.mark.parametrize('lost', ['commit_success.txt', '_CHECKPOINT_METADATA', 'tmp'])
-def test_an_unfinished_checkpoint_is_never_picked(model, tmp_path, lost, capsys):
+def test_an_unfinished_checkpoint_is_never_picked(model, tmp_path, capsys):
     """Steps 2 and 4 are saved; 4 looks as it does when the process was killed while it wrote."""
     folder, whole = tmp_path / 'run' / 'checkpoints', tmp_path / 'whole'
     runs.run(model, whole, train__steps=6)
     runs.run(model, tmp_path / 'run', train__steps=4)
-    if lost == 'tmp':
-        (folder / '4').rename(folder / '4.orbax-checkpoint-tmp')
-    else:
-        for file in folder.glob(f'4/**/{lost}'):
-            file.unlink()
+    (folder / '4').rename(folder / '4.orbax-checkpoint-tmp')
     capsys.readouterr()
     runs.run(model, tmp_path / 'run', train__steps=6)
     assert 'going on from step 2 ' in capsys.readouterr().out
     runs.same(runs.state(whole), runs.state(tmp_path / 'run'))
     assert sorted(runs.losses(tmp_path / 'run')) == [1, 2, 3, 4, 5, 6]
     assert not runs.checkpoints(tmp_path / 'run')[1]
+
+
+def test_a_damaged_checkpoint_is_named(model, tmp_path):
+    runs.run(model, tmp_path, train__steps=2)
+    for file in (tmp_path / 'checkpoints' / '2' / 'state').glob('ocdbt.process_0/d/*'):
+        file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(InputError, match='checkpoints/2 cannot be restored'):
+        runs.run(model, tmp_path, train__steps=4)
+
+
+def test_the_best_is_known_after_a_resume(model, tmp_path):
+    """A worse one does not replace it; what SIGTERM saves has no metrics and is no best."""
+    runs.run(model, tmp_path, train__steps=2)
+    first = runs.exported(tmp_path, 'lora_best')
+    file = tmp_path / 'checkpoints' / '2' / 'metrics' / 'metrics'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'distance': 0.0}))
+    runs.run(model, tmp_path, train__steps=8)
+    runs.same(first, runs.exported(tmp_path, 'lora_best'))
+    assert runs.checkpoints(tmp_path)[0] == [2, 6, 8]
 
 
 # --- the cache of a run

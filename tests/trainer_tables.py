@@ -22,8 +22,7 @@ ROWS = {
     'accumulate 8': ({'train.accumulate': 8}, 1, 1),
     'from the cache': ({'data.cache': True}, 1, 1),
     'from the cache, 2 processes x 4 devices': ({'data.cache': True}, 4, 2),
-    'remat products': ({'train.remat': 'products'}, 1, 1),
-    'remat blocks': ({'train.remat': 'blocks'}, 1, 1),
+    'recomputed blocks': ({'train.remat': 'blocks'}, 1, 1),
     'two worker processes for data': ({'data.workers': 2}, 1, 1),
 }
 
