@@ -99,7 +99,7 @@ def get_config():
         'strawberry, berry, fruit, noto emoji',
         'avocado, food, fruit, twemoji',
     )
-    c.preview.sampler = 'lcm'  # lcm, ddim, dpm, dpm++
+    c.preview.sampler = 'lcm'  # lcm, ddim, dpm, dpm++, euler
     c.preview.steps = 4  # of the sampler
     c.preview.guidance = 1.0  # its scale; 1: none
     c.preview.teacher_steps = 50  # DDIM, of the base: what the pictures' distance is taken to

@@ -73,9 +73,14 @@ class Saves:
             self.manager.wait_until_finished()
             self.manager.close()
 
+    def _rank(self, metrics):
+        """The higher, the better; without the metric, or where it is not a number, the lowest."""
+        value = metrics.get(self.metric, math.nan)
+        return -math.inf if math.isnan(value) else -value
+
     def _best_so_far(self):
         found = (self.manager.metrics(step) or {} for step in self.manager.all_steps())
-        return min((m[self.metric] for m in found if self.metric in m), default=math.inf)
+        return min((-self._rank(m) for m in found), default=math.inf)
 
     def restore(self, abstract):
         """The newest state, placed as `abstract` says (ShapeDtypeStructs), or None if there is none."""
@@ -113,7 +118,7 @@ class Saves:
 
     def improves(self, metrics):
         """Whether these metrics are the best so far; they are then."""
-        value = metrics.get(self.metric, math.inf)
+        value = -self._rank(metrics)
         better = value < self.best
         self.best = min(self.best, value)
         return better
