@@ -93,7 +93,7 @@ class Meter:
         self.tflop, self.peak = flops / 1e12, chip(devices[0]).flops / 1e12 * len(devices)
 
     def report(self, step, metrics, seconds, waited):
-        """The metrics of one step; seconds of a step, and its part spent waiting for data."""
+        """Means of the steps since the last report; seconds of one, and its part spent waiting for data."""
         speed = self.tflop / seconds
         values = metrics | {
             'lr': float(self.rate(step)),

@@ -86,30 +86,41 @@ def make_step(loss, tx, ema_decay=0.0, accumulate=1):
     return step
 
 
+METRICS = 'loss', 'grad_norm'  # of a step
+
+
 class Watch:
     """Follows the steps' results from one step behind, so that the device never waits for it."""
 
     def __init__(self, most, behind=1):
         self.most, self.behind = most, behind  # steps in a row that may be skipped
-        self.pending, self.bad, self.last = collections.deque(), [], None
+        self.pending, self.bad, self.good = collections.deque(), [], []
+        self.skipped = 0  # in all
 
     def add(self, step, metrics, names):
         self.pending.append((step, metrics, names))
         while len(self.pending) > self.behind:
             self._read()
 
-    def flush(self):
-        """Wait for all steps -> the last one's metrics, as floats."""
+    def wait(self):
+        """Until all steps are done."""
         while self.pending:
             self._read()
-        return self.last
+
+    def means(self):
+        """Wait for all steps -> means of the finite ones since the last call, and all skipped so far."""
+        self.wait()
+        good, self.good = self.good, []
+        means = {k: sum(m[k] for m in good) / len(good) for k in METRICS} if good else {}
+        return means | {'skipped': self.skipped}
 
     def _read(self):
         step, metrics, names = self.pending.popleft()
-        self.last = {name: float(metrics[name]) for name in ('loss', 'grad_norm', 'finite')}
-        if self.last.pop('finite'):
+        if metrics['finite']:
+            self.good.append({name: float(metrics[name]) for name in METRICS})
             self.bad = []
             return
+        self.skipped += 1
         self.bad.append((step, names))
         if len(self.bad) > self.most:
             raise InputError(
@@ -157,13 +168,13 @@ def fit(
             watch.add(i, metrics, names)
             bar.update()
             if i % log_every == 0 or i == steps:
-                metrics, n = watch.flush(), i - since
+                metrics, n = watch.means(), i - since
                 log(i, metrics, (time.perf_counter() - began) / n, waited / n)
-                bar.set_postfix(loss=f'{metrics["loss"]:.4f}')
+                bar.set_postfix({k: f'{metrics[k]:.4f}' for k in METRICS[:1] if k in metrics})
                 began, waited, since = time.perf_counter(), 0.0, i
             stopping = stop(i)
             if i % save_every == 0 or i == steps or stopping:
-                watch.flush()
+                watch.wait()
                 saves.save(i, state, on_save(i, state) if on_save and not stopping else {})
                 began, waited, since = time.perf_counter(), 0.0, i
             if i == steps:

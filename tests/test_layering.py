@@ -13,7 +13,7 @@ ROOT = Path(lcm_jax.__file__).parent
 LAYERS = [
     line.split()
     for line in """
-    errors original
+    errors original aot
     tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics
     grid stop loop peers models.flash
     data.files logs saves models.attention

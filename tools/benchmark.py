@@ -4,6 +4,7 @@
     python tools/benchmark.py vae --peer diffusers     # decoding
     python tools/benchmark.py text --peer diffusers
     python tools/benchmark.py generate --peer diffusers --size 256    # prompt to picture, four steps
+    python tools/benchmark.py step --peer diffusers --size 256    # LCM-LoRA training; its memory too
     JAX_PLATFORMS=cpu python tools/benchmark.py compiled --model sdxl --size 1024 --dtype bfloat16
 
 Prints seconds (median and least), their ratio, the largest difference of the outputs relative to the
@@ -20,6 +21,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
+import benchmark_step
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,7 +298,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('case', choices=(*CASES, 'compiled'))
+    parser.add_argument('case', choices=(*CASES, 'step', 'compiled'))
     parser.add_argument('--model', default='sd15', choices=MODELS)
     parser.add_argument('--size', type=int, default=512, help='side of the picture, px')
     parser.add_argument('--batch', type=int, default=1)
@@ -305,7 +307,14 @@ def main():
     parser.add_argument('--repeat', type=int, default=5, help='timed calls of each side, in turns')
     parser.add_argument('--part', default='unet', choices=workloads.FORWARDS, help='to be compiled')
     parser.add_argument('--topology', default='v5e:2x2', help='chips to compile for')
+    train = parser.add_argument_group('step')
+    train.add_argument('--rank', type=int, default=64, help='of the adapter')
+    train.add_argument('--remat', default='none', help='what our backward pass computes again')
+    train.add_argument('--checkpointing', action='store_true', help="the peer's way to do so")
+    train.add_argument('--dump', help='file for the text of our compiled step')
     args = parser.parse_args()
+    if args.case == 'step':
+        return benchmark_step.step(args)
     if args.case == 'compiled':
         return compiled(args)
     device = jax.devices()[0]

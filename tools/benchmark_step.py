@@ -19,6 +19,11 @@ import numpy as np
 
 SOLVER_STEPS, TOTAL = 50, 1000
 SIDES = 'lcm_jax', 'diffusers'
+TARGETS = [  # of the script
+    *('to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2'),
+    *('conv1', 'conv2', 'conv_shortcut', 'downsamplers.0.conv', 'upsamplers.0.conv'),
+    'time_emb_proj',
+]
 SETTINGS = {
     'data.cache': True,  # latents and text are at hand
     'distill.distance': 'l2',
@@ -75,7 +80,7 @@ def ours(args):
     import jax
     import jax.numpy as jnp
 
-    from lcm_jax import families, loop, scheduler, sharding, weights
+    from lcm_jax import aot, families, loop, scheduler, sharding, weights
     from lcm_jax.models.zoo import MODELS
     from lcm_jax.step import program
     from lcm_jax.tree import map_named
@@ -111,9 +116,7 @@ def ours(args):
     prog = program(specs, family, schedule, config, mesh)
     batch = prog.batch((args.size, args.size))
     key = jax.random.key(0)
-    compiled = (
-        jax.jit(prog.step, donate_argnums=0).lower(prog.state, prog.frozen, batch, key).compile()
-    )
+    compiled = aot.compiled(prog.step, prog.state, prog.frozen, batch, key, donate_argnums=0)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     print(
         f'our step: {cost["flops"] / 1e12:.2f} TFLOP (a loop counts once), '
@@ -165,7 +168,7 @@ def peer(args):
     net = diffusers.UNet2DConditionModel(**args.config).requires_grad_(False)
     for key, p in net.named_parameters():
         p.data = torch.from_numpy(random(key, tuple(p.shape))).to(dtype)
-    net.add_adapter(peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=args.targets))
+    net.add_adapter(peft.LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=TARGETS))
     trained = {k: p for k, p in net.named_parameters() if '.lora_' in k}
     for key, p in trained.items():
         if '.lora_A.' in key:
@@ -271,32 +274,17 @@ def describe(args):
     args.channels, args.width = model.unet.in_channels, model.unet.context_dim
     args.pooled, args.kind = model.unet.pooled_dim, model.prediction_type
     args.config = configs.unet_config(model.unet, args.side)
-    args.targets = [
-        'to_q',
-        'to_k',
-        'to_v',
-        'to_out.0',
-        'proj_in',
-        'proj_out',
-        'ff.net.0.proj',
-        'ff.net.2',
-        'conv1',
-        'conv2',
-        'conv_shortcut',
-        'downsamplers.0.conv',
-        'upsamplers.0.conv',
-        'time_emb_proj',
-    ]
     return args
 
 
 def step(args):
     """Both sides in turns, and the table."""
+    import jax
+
     args = describe(args)
+    jax.config.update('jax_platforms', 'cpu')  # this process draws; the sides have the device
     context = multiprocessing.get_context('spawn')
     sides = SIDES[: 1 + (args.peer == 'diffusers')]
-    if args.peer == 'only':
-        sides = SIDES[1:]
     pipes, processes = {}, []
     for side in sides:
         pipes[side], end = context.Pipe()
@@ -335,4 +323,3 @@ def step(args):
     if len(sides) == 2:
         ratio = [a / b for a, b in zip(*table.values(), strict=True)]
         print(f'{"ratio":10}  ' + '  '.join(f'{x:8.2f}' for x in ratio))
-    sys.stdout.flush()

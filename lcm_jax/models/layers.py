@@ -109,6 +109,22 @@ class Conv3(nn.Module):
         return y if bias is None else y + bias
 
 
+class Conv1(nn.Module):
+    """1x1 convolution: x [..., C] -> [..., features]. As a product: XLA would turn its kernel around."""
+
+    features: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (1, 1, x.shape[-1], self.features)
+        kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
+        bias = self.param('bias', nn.initializers.zeros, shape[-1:]) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias)
+        y = x @ kernel[0, 0]
+        return y if bias is None else y + bias
+
+
 def _norm(cls, *args, **kwargs):
     """Flax's module cls(*args, **kwargs), built when its input comes.
 
@@ -150,7 +166,7 @@ class ResNet(nn.Module):
             h += jnp.expand_dims(temb, range(1, h.ndim - 1))
         h = Conv3(self.width, name='conv2')(nn.silu(norm(name='norm2')(h)))
         if x.shape[-1] != self.width:
-            x = nn.Conv(self.width, (1, 1), name='conv_shortcut')(x)
+            x = Conv1(self.width, name='conv_shortcut')(x)
         return x + h
 
 

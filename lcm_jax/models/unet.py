@@ -7,7 +7,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from lcm_jax.errors import choose
-from lcm_jax.models.layers import Attention, Conv3, ResNet, group_norm, layer_norm, sincos, upsample
+from lcm_jax.models.layers import (
+    Attention,
+    Conv1,
+    Conv3,
+    ResNet,
+    group_norm,
+    layer_norm,
+    sincos,
+    upsample,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Transformer(nn.Module):
     def __call__(self, x, context):
         block = REMAT[self.remat](Block)
         c = x.shape[-1]
-        proj = partial(nn.Dense, c) if self.linear_proj else partial(nn.Conv, c, (1, 1))
+        proj = partial(nn.Dense, c) if self.linear_proj else partial(Conv1, c)
         y = group_norm(self.groups, epsilon=1e-6, name='norm')(x)
         y = proj(name='proj_in')(y).reshape(len(x), -1, c)
         for i in range(self.depth):
