@@ -24,7 +24,7 @@ from lcm_jax.feed import Feed
 from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
-from lcm_jax.peers import Peers
+from lcm_jax.peers import Peers, meet
 from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, on_host
 from lcm_jax.step import DTYPES, program
@@ -153,9 +153,14 @@ class Steps:
         self.run = jax.jit(
             prog.step, donate_argnums=0, out_shardings=(sharding.homes(prog.state), whole)
         )
+        self.programs = {}
 
     def __call__(self, state, frozen, batch, key):
-        return self.run(state, frozen, batch, key)
+        shapes = tuple((name, batch[name].shape) for name in sorted(batch))
+        if shapes not in self.programs:
+            self.programs[shapes] = self.run.lower(state, frozen, batch, key).compile()
+            meet(f'step {len(self.programs)}')  # a collective may wait for 30 s only (on CPUs)
+        return self.programs[shapes](state, frozen, batch, key)
 
     def flops(self, size):
         """Floating-point operations of a step with pictures of size (height, width), all devices."""

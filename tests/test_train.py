@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import json
 import runpy
 import tokenize
@@ -257,7 +258,7 @@ def test_a_step_that_is_not_finite_changes_nothing(model, tmp_path, poison, monk
     (bad,), states = bad, [runs.state(tmp_path / 'run', i) for i in range(1, 6)]
     assert [int(s['skipped']) for s in states] == [int(i >= bad) for i in range(1, 6)]
     assert [int(s['step']) for s in states] == [1, 2, 3, 4, 5]
-    for i, (before, after) in enumerate(zip(states, states[1:], strict=False), 2):
+    for i, (before, after) in enumerate(itertools.pairwise(states), 2):
         kept = [k for k in before if k not in ('step', 'skipped')]
         changed = [k for k in kept if before[k].tobytes() != after[k].tobytes()]
         assert bool(changed) == (i != bad), (i, changed)
