@@ -27,6 +27,12 @@ def store():
     return global_state.client if jax.process_count() > 1 else None
 
 
+def meet(name, hours=2):
+    """Until all processes have come here, without a collective of their devices; once for each name."""
+    if store():
+        store().wait_at_barrier(f'lcm_jax/{name}', int(hours * 3_600_000))
+
+
 class Peers:
     """While entered in each of several processes, an exception in one ends all, with status 1.
 

@@ -24,7 +24,7 @@ from lcm_jax.feed import Feed
 from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
-from lcm_jax.peers import Peers
+from lcm_jax.peers import Peers, meet
 from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, on_host
 from lcm_jax.step import DTYPES, program
@@ -171,6 +171,7 @@ class Steps:
                 donate_argnums=0,
                 out_shardings=(sharding.homes(prog.state), self.whole),
             )
+            meet(f'step {len(self.programs)}')  # a collective may wait for 30 s only (on CPUs)
         return self.programs[shapes]
 
     def __call__(self, state, frozen, batch, key):
