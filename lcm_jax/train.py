@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lcm_jax import loop, sharding
+from lcm_jax import aot, loop, sharding
 from lcm_jax.conditioning import encode_text
 from lcm_jax.errors import InputError, choose
 from lcm_jax.export import export
@@ -45,6 +45,7 @@ def run(config, workdir):
     prog = program(model.specs, model.family, model.schedule, config, mesh)
     feed = Feed(model, config, mesh, workdir)
     with Saves(workdir / 'checkpoints', config.to_dict(), keep=c.keep, best=c.best) as saves:
+        step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
         there = place(model, prog, config, mesh)
         state = there.state
         preview = Preview(
@@ -63,7 +64,6 @@ def run(config, workdir):
         if resumed is not None:
             state, there = resumed, there._replace(state=None)
             say(f'going on from step {int(state.step)} in {workdir}')
-        step = Steps(prog, mesh, c.seed)
         with Writer(workdir, int(state.step)) as writer, Stop() as stop:
             out = Outputs(config, model, prog, feed, preview, step, saves, writer, workdir)
             meter = Meter(writer, prog.rate, c.batch, step.flops(feed.sizes[0]))
@@ -144,23 +144,38 @@ def conditions(model, params, config):
 
 
 class Steps:
-    """The compiled step: one program for each shape of batch. Also the run's key."""
+    """The compiled step: one program for each shape of batch, as it comes. Also the run's key.
 
-    def __init__(self, prog, mesh, seed):
+    size: (height, width) of pictures whose program is compiled at once.
+    """
+
+    def __init__(self, prog, mesh, seed, size):
         whole = sharding.replicated(mesh)
         make = jax.jit(lambda seed: jax.random.key(seed), out_shardings=whole)
         self.key, self.whole, self.prog = make(np.uint32(seed)), whole, prog
-        self.run = jax.jit(
-            prog.step, donate_argnums=0, out_shardings=(sharding.homes(prog.state), whole)
-        )
         self.programs = {}
+        self.compiled(prog.batch(size))
+
+    def compiled(self, batch):
+        """The program for batches of these shapes."""
+        shapes = tuple(sorted((name, x.shape) for name, x in batch.items()))
+        if shapes not in self.programs:
+            prog = self.prog
+            batch = {
+                k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                for k, x in batch.items()
+            }
+            self.programs[shapes] = aot.compiled(
+                prog.step,
+                *(prog.state, prog.frozen, batch, self.key),
+                donate_argnums=0,
+                out_shardings=(sharding.homes(prog.state), self.whole),
+            )
+            meet(f'step {len(self.programs)}')  # a collective may wait for 30 s only (on CPUs)
+        return self.programs[shapes]
 
     def __call__(self, state, frozen, batch, key):
-        shapes = tuple((name, batch[name].shape) for name in sorted(batch))
-        if shapes not in self.programs:
-            self.programs[shapes] = self.run.lower(state, frozen, batch, key).compile()
-            meet(f'step {len(self.programs)}')  # a collective may wait for 30 s only (on CPUs)
-        return self.programs[shapes](state, frozen, batch, key)
+        return self.compiled(batch)(state, frozen, batch, key)
 
     def flops(self, size):
         """Floating-point operations of a step with pictures of size (height, width), all devices."""

@@ -108,7 +108,8 @@ def test_guidance_mixes_the_pairs_and_keeps_the_identity(kind):
 
     both = denoiser(net, kind, abar)(side_by_side(z, z), 259)
     cond, null = (
-        jax.tree.map(lambda y, rows=rows: y[rows], both) for rows in (slice(0, 4, 2), slice(1, 4, 2))
+        jax.tree.map(lambda y, rows=rows: y[rows], both)
+        for rows in (slice(0, 4, 2), slice(1, 4, 2))
     )
     scale = np.array([3.0, 7.5]).reshape(2, 1, 1, 1)  # one per sample
     pred = guided(denoiser(net, kind, abar), scale)(z, 259)
