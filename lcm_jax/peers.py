@@ -1,6 +1,7 @@
 """What the processes of one run tell each other when one of them fails: none waits for it for ever."""
 
 import os
+import re
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ EVERY = 1.0  # seconds between two looks
 LOST = 60.0  # seconds of silence after which a process is given up; JAX itself aborts after 100
 FAILED, ALIVE = 'lcm_jax/failed', 'lcm_jax/alive'  # folders of the key-value store
 DONE = 'done'
+LINKS = 'Gloo|NCCL'  # what speaks of a collective whose other end is gone
 AGAIN = 'start all processes again: the run goes on from its last checkpoint'
 
 
@@ -59,6 +61,8 @@ class Peers:
             return self.store.key_value_set(f'{ALIVE}/{self.me}', DONE, allow_overwrite=True)
         if isinstance(error, InputError):
             said = f'error: {error}'
+        elif isinstance(error, jax.errors.JaxRuntimeError) and re.search(LINKS, str(error)):
+            said = f'error: another process is gone: {str(error).splitlines()[0]}; {AGAIN}'
         else:
             traceback.print_exception(error)
             said = f'error: {kind.__name__}: {error}'.splitlines()[0]

@@ -1,6 +1,7 @@
 """Runs that are killed go on as if nothing had been: trainer_tables.py kills more often."""
 
 import random
+import re
 import signal
 import time
 
@@ -77,8 +78,8 @@ def test_one_of_two_processes_is_killed_or_stopped(model, tmp_path):
     processes[1].send_signal(signal.SIGKILL)
     assert processes[1].wait() == -signal.SIGKILL
     (said,) = runs.finish(processes[0], timeout=50, status=1)
-    assert 'error: no sign of process 1 for 5 s; start all processes again' in said
-    assert 'Traceback' not in said
+    assert re.search('error: (no sign of process 1 for 5 s|another process is gone)', said)
+    assert 'start all processes again' in said and 'Traceback' not in said
 
     processes = runs.start_several(model, run, LONG, devices=1)
     assert runs.until(lambda: 'going on from' in processes[0].log.read_text(), *processes)
