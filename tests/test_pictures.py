@@ -20,12 +20,15 @@ import lcm_jax
 from lcm_jax import lora, samplers, train
 from lcm_jax import pipeline as module
 from lcm_jax.convert import convert
-from lcm_jax.data.emoji import Sample
+from lcm_jax.encode import encoded
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels
 from lcm_jax.lora_files.files import write_lora
+from lcm_jax.model import describe
 from lcm_jax.models import layers
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.sharding import make_mesh
+from lcm_jax.step import program
 from lcm_jax.tree import map_named, named
 
 PROMPTS = ['red heart, noto emoji', 'grinning cat, twemoji']
@@ -341,21 +344,33 @@ def test_adapters_reach_the_text_encoders(both):
 
 
 def test_training_is_told_what_drawing_is(both):
-    """The conditions of SDXL in a training set; the loss takes them."""
+    """The conditions of SDXL in a training step; the loss takes them."""
     ours, _ = both('sdxl')
-    samples = [Sample(p, np.asarray(picture(i, 16, 16)), p) for i, p in enumerate(PROMPTS)]
-    cache = train.encode(ours, samples)
-    want = ours.encode_text(PROMPTS)
+    file = Path(__file__).parents[1] / 'configs' / 'default.py'
+    settings = ['data.resolution=16', 'train.batch=2', 'lora.rank=2']
+    config, *_ = train.parse(
+        [f'--config={file}', '--workdir=.', *(f'--config.{setting}' for setting in settings)]
+    )
+    prog = program(ours.specs, ours.family, ours.schedule, config, make_mesh())
+    batch = {
+        'row': np.arange(2, dtype=np.int32),
+        'pixels': np.stack([np.asarray(picture(i, 16, 16)) for i in range(2)]),
+        'ids': np.stack([tokenizer(PROMPTS) for tokenizer in ours.tokenizers], 1),
+        'sizes': np.repeat(np.asarray(ours.sizes((16, 16))['sizes']), 2, 0),
+    }
+    assert {k: x.shape for k, x in batch.items()} == {
+        k: x.shape for k, x in prog.batch((16, 16)).items()
+    }
+    parts = {part: ours.specs[part] for part in ('vae', *ours.family.text_encoders)}
+    got, want = encoded(parts, ours.params, batch), ours.encode_text(PROMPTS)
     for name in ('context', 'pooled'):
-        np.testing.assert_allclose(cache.cond[name], want[name], atol=1e-5)
-        assert not cache.null[name].any() and cache.null[name].shape[1:] == want[name].shape[1:]
-    assert cache.cond['sizes'].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
-    options = {'target': 'student', 'solver_steps': 50, 'w_range': (3, 15)}
-    loss = train.make_loss(ours, scale=1.0, distance='huber', huber_c=1e-3, **options)
-    base = ours.params['unet']
-    start, rows = lora.init(jax.random.key(0), base, 2), np.arange(2)
-    out = jax.eval_shape(loss, start, start, (base, cache), rows, jax.random.key(0))
-    assert out[0].shape == ()
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5)
+    null = train.conditions(describe(ours.checkpoint.folder), ours.params, config)['null']
+    assert not any(null[name].any() for name in ('context', 'pooled'))
+    out = jax.eval_shape(
+        prog.loss, prog.state.params, prog.state.ema, prog.frozen, batch, jax.random.key(0)
+    )
+    assert out.shape == ()
 
 
 def test_strength_of_an_lcm_compiles_nothing_anew(both, monkeypatch):
