@@ -172,10 +172,10 @@ def fit(
                 log(i, metrics, (time.perf_counter() - began) / n, waited / n)
                 bar.set_postfix({k: f'{metrics[k]:.4f}' for k in METRICS[:1] if k in metrics})
                 began, waited, since = time.perf_counter(), 0.0, i
-            stopping = stop(i)
-            if i % save_every == 0 or i == steps or stopping:
+            stopping, due = stop(i), i % save_every == 0 or i == steps
+            if due or stopping:
                 watch.wait()
-                saves.save(i, state, on_save(i, state) if on_save and not stopping else {})
+                saves.save(i, state, on_save(i, state) if on_save and due else {})
                 began, waited, since = time.perf_counter(), 0.0, i
             if i == steps:
                 return state
