@@ -69,6 +69,7 @@ def test_sigterm_saves_and_ends_with_143(model, whole, tmp_path):
     equal(whole, run)
 
 
+@pytest.mark.full  # minutes, and waits that a busy machine can outlast
 def test_one_of_two_processes_is_killed_or_stopped(model, tmp_path):
     """The other one ends too, and says why; both go on from the last checkpoint."""
     run, whole = tmp_path / 'run', tmp_path / 'whole'
