@@ -28,7 +28,10 @@ SETTINGS = {
     'data.cache': True,  # latents and text are at hand
     'distill.distance': 'l2',
     'train.ema_decay': 0.0,
+    'train.lr': 1e-4,
+    'train.warmup': 0,
     'train.weight_decay': 0.01,
+    'train.clip': 1.0,
 }
 
 
