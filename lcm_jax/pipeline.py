@@ -14,11 +14,10 @@ from lcm_jax import adapters, images, request, samplers
 from lcm_jax.adapters import Adapter
 from lcm_jax.checkpoint import Checkpoint
 from lcm_jax.conditioning import encode_text, micro_conditioning
-from lcm_jax.draw import Plan, apply_unet, check_finite, draw, on_mesh
+from lcm_jax.draw import Plan, check_finite, draw, on_mesh
 from lcm_jax.errors import InputError, choose
 from lcm_jax.families import Family, takes_mask
 from lcm_jax.model import describe
-from lcm_jax.models.unet import UNet
 from lcm_jax.scheduler import Schedule
 from lcm_jax.text import Tokenizer
 
@@ -80,10 +79,6 @@ class Pipeline:
             params,
             mesh,
         )
-
-    def net(self, params, z, t, context, **cond):
-        """The UNet with these parameters: z [B,h,w,C], t [B], a condition -> [B,h,w,C]."""
-        return apply_unet(UNet(self.specs['unet']), params, z, t, context, **cond)
 
     def encode_text(self, prompts, clip_skip=0, truncate=False):
         """[B] str -> their condition: 'context' [B,L,D], and for SDXL 'pooled' [B,P].

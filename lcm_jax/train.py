@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from lcm_jax import aot, loop, sharding
-from lcm_jax.conditioning import encode_text
+from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.errors import InputError, choose
 from lcm_jax.export import export
 from lcm_jax.feed import Feed
@@ -46,7 +46,7 @@ def run(config, workdir):
     feed = Feed(model, config, mesh, workdir)
     with Saves(workdir / 'checkpoints', config.to_dict(), keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
-        there = place(model, prog, config, mesh)
+        there = place(model, prog, config, mesh, feed.sizes[0])
         state = there.state
         preview = Preview(
             model,
@@ -98,11 +98,14 @@ class There(NamedTuple):
     vae: dict  # parameters in numpy: pictures are decoded now and then
 
 
-def place(model, prog, config, mesh):
-    """Read the model and start the state -> There. What encodes is kept only if the step asks it."""
+def place(model, prog, config, mesh, size):
+    """Read the model and start the state -> There; size: (height, width) px of the preview's pictures.
+
+    What encodes is kept only if the step asks it.
+    """
     dtypes = dict.fromkeys(model.specs, DTYPES[config.dtype]) | {'vae': DTYPES[config.vae_dtype]}
     encoders = model.load(model.encoders, dtypes)
-    told = conditions(model, encoders, config)
+    told = conditions(model, encoders, config, size)
     null = {k: x[:1] for k, x in told['null'].items() if k != 'sizes'}
     vae = jax.device_get(encoders.pop('vae'))
     del encoders
@@ -122,8 +125,8 @@ def place(model, prog, config, mesh):
     return There(frozen, start(np.uint32(config.train.seed), base), told, vae)
 
 
-def conditions(model, params, config):
-    """The preview's prompts and the null condition -> {'cond', 'null'}, [N, ...] each in numpy."""
+def conditions(model, params, config, size):
+    """The prompts of the preview, of pictures of that size, and the null condition -> {'cond', 'null'}, [N, ...] each in numpy."""
     parts = model.family.text_encoders
     specs, tokenizers = tuple(model.specs[part] for part in parts), model.tokenizers()
 
@@ -137,8 +140,7 @@ def conditions(model, params, config):
     zero = choose('distill.null', how, NULLS | {'model': model.family.zero_null})
     null = {k: np.repeat(np.zeros_like(x) if zero else x, len(prompts), 0) for k, x in null.items()}
     if model.specs['unet'].size_dim:
-        height, width = model.size
-        sizes = np.tile(np.float32([height, width, 0, 0, height, width]), (len(prompts), 1))
+        sizes = np.tile(micro_conditioning(size, (0, 0), size), (len(prompts), 1))
         cond, null = cond | {'sizes': sizes}, null | {'sizes': sizes}
     return {'cond': cond, 'null': null}
 

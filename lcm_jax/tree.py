@@ -33,11 +33,6 @@ def first_match(rules, path):
     raise InputError(f'no rule matches {path!r}; rules: {[pattern for pattern, _ in rules]}')
 
 
-def map_rules(tree, rules):
-    """Tree of the first matching rule's value for each leaf."""
-    return map_named(lambda path, _: first_match(rules, path), tree)
-
-
 def count(tree):
     """Number of parameters in the tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

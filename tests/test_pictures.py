@@ -365,7 +365,7 @@ def test_training_is_told_what_drawing_is(both):
     got, want = encoded(parts, ours.params, batch), ours.encode_text(PROMPTS)
     for name in ('context', 'pooled'):
         np.testing.assert_allclose(got[name], want[name], atol=1e-5)
-    null = train.conditions(describe(ours.checkpoint.folder), ours.params, config)['null']
+    null = train.conditions(describe(ours.checkpoint.folder), ours.params, config, (16, 16))['null']
     assert not any(null[name].any() for name in ('context', 'pooled'))
     out = jax.eval_shape(
         prog.loss, prog.state.params, prog.state.ema, prog.frozen, batch, jax.random.key(0)
