@@ -28,6 +28,13 @@ class Preview:
         factor, n = model.specs['vae'].factor, len(config.prompts)
         shape = (n, *(side // factor for side in size), model.specs['vae'].latent_channels)
         self.shape, self.program, self.programs = shape, program, {}
+        specs, schedule, platform = model.specs, model.schedule, mesh.devices.flat[0].platform
+        plan = Plan(
+            specs['unet'], specs['vae'], schedule.prediction_type, config.sampler, True, platform
+        )
+        self.decode = jax.jit(
+            lambda vae, z: to_uint8(decode(plan, vae, z)), out_shardings=sharding.replicated(mesh)
+        )
 
     def references(self, base, frozen):
         """Draw what all is compared with, unless it is in the file. base: parameters as at step 0."""
@@ -65,11 +72,12 @@ class Preview:
 
     def draw(self, trained, frozen, sampler, steps, guidance):
         """-> pictures [N,H,W,3] uint8."""
-        run = self.programs.setdefault((sampler, steps), self._program(sampler, steps))
-        z = run(trained, frozen, self.told, np.float32(guidance))
+        if (sampler, steps) not in self.programs:
+            self.programs[sampler, steps] = self._program(sampler, steps)
+        z = self.programs[sampler, steps](trained, frozen, self.told, np.float32(guidance))
         home = sharding.replicated(self.mesh)
         vae = jax.tree.map(lambda x: sharding.put(x, home), self.vae)
-        return np.asarray(self._decode()(vae, z))
+        return np.asarray(self.decode(vae, z))
 
     def _program(self, sampler, steps):
         schedule, seed = self.model.schedule, self.config.seed
@@ -94,20 +102,3 @@ class Preview:
             )
 
         return jax.jit(run, out_shardings=sharding.replicated(self.mesh))
-
-    def _decode(self):
-        specs = self.model.specs
-        plan = Plan(
-            specs['unet'],
-            specs['vae'],
-            self.model.schedule.prediction_type,
-            self.config.sampler,
-            True,
-            self.mesh.devices.flat[0].platform,
-        )
-        if None not in self.programs:
-            self.programs[None] = jax.jit(
-                lambda vae, z: to_uint8(decode(plan, vae, z)),
-                out_shardings=sharding.replicated(self.mesh),
-            )
-        return self.programs[None]

@@ -126,7 +126,10 @@ def place(model, prog, config, mesh, size):
 
 
 def conditions(model, params, config, size):
-    """The prompts of the preview, of pictures of that size, and the null condition -> {'cond', 'null'}, [N, ...] each in numpy."""
+    """The preview's prompts, for pictures of size (height, width) px, and the null condition.
+
+    -> {'cond', 'null'}, [N, ...] each in numpy.
+    """
     parts = model.family.text_encoders
     specs, tokenizers = tuple(model.specs[part] for part in parts), model.tokenizers()
 
