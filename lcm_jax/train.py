@@ -64,7 +64,7 @@ def run(config, workdir):
         if resumed is not None:
             state, there = resumed, there._replace(state=None)
             say(f'going on from step {int(state.step)} in {workdir}')
-        with Writer(workdir, int(state.step)) as writer, Stop() as stop:
+        with Writer(workdir, int(state.step)) as writer, Stop(int(state.step)) as stop:
             out = Outputs(config, model, prog, feed, preview, step, saves, writer, workdir)
             meter = Meter(writer, prog.rate, c.batch, step.flops(feed.sizes[0]))
             state = loop.fit(
