@@ -4,6 +4,7 @@
 
 Needs `text_encoder` and `vae` (train_clip.py, train_vae.py) in the pipeline folder and completes
 it. Resumes from its workdir. 10 % of the captions are dropped for classifier-free guidance.
+--start goes on from the UNet of a pipeline folder, with a new optimizer and rate schedule.
 """
 
 import argparse
@@ -99,8 +100,8 @@ def spec_for(context_dim, latent_channels):
     )
 
 
-def loss(params, ema, frozen, batch, key, *, spec, scaling, drop=0.1):
-    """Mean squared error of the noise, with uniform times."""
+def loss(params, ema, frozen, batch, key, *, spec, scaling, min_snr, drop=0.1):
+    """Squared error of the noise, times min(SNR, min_snr) / SNR (arXiv 2303.09556), with uniform times."""
     mean, std, texts, null = frozen
     samples, variants = batch
     keys = jax.random.split(key, 4)
@@ -112,7 +113,8 @@ def loss(params, ema, frozen, batch, key, *, spec, scaling, drop=0.1):
     eps = jax.random.normal(keys[3], z.shape)
     alpha, sigma = alpha_sigma(schedule(), t, z.ndim)
     out = UNet(spec).apply({'params': params}, alpha * z + sigma * eps, t, context)
-    return jnp.mean((out - eps) ** 2)
+    weight = jnp.minimum(1.0, min_snr * (sigma / alpha) ** 2)
+    return jnp.mean(weight * (out - eps) ** 2)
 
 
 def encoded(folder):
@@ -169,6 +171,8 @@ def main():
     parser.add_argument('--steps', type=int, default=9000)
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--lr', type=float, default=1e-3)
+    parser.add_argument('--min-snr', type=float, default=float('inf'), help='gamma; default: off')
+    parser.add_argument('--start', help='pipeline folder whose UNet training goes on from')
     args = parser.parse_args()
     folder = Path(args.out)
 
@@ -180,10 +184,14 @@ def main():
     def batch_at(i):
         return indices(i), np.random.default_rng((1, i)).integers(0, VARIANTS, args.batch)
 
-    z = jnp.zeros((1, 8, 8, vae.latent_channels))
-    params = jax.jit(UNet(spec).init)(jax.random.key(0), z, jnp.zeros(1, int), frozen[3][None])[
-        'params'
-    ]
+    if args.start:
+        params = open_folder(args.start).load('unet')
+    else:
+        z = jnp.zeros((1, 8, 8, vae.latent_channels))
+        variables = jax.jit(UNet(spec).init)(
+            jax.random.key(0), z, jnp.zeros(1, int), frozen[3][None]
+        )
+        params = variables['params']
     params = cast(params, jnp.float32)
     print(f'{n} pictures, {count(params):,} parameters')
     rate = optax.warmup_cosine_decay_schedule(
@@ -200,7 +208,7 @@ def main():
 
     options = {'ema_decay': 0.999, 'save_every': 1000, 'log_every': 50, 'report': show}
     small_loop.train(
-        partial(loss, spec=spec, scaling=vae.scaling_factor),
+        partial(loss, spec=spec, scaling=vae.scaling_factor, min_snr=args.min_snr),
         tx,
         params,
         frozen,
