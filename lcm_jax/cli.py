@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from lcm_jax import data_cli, lora_cli, plan_cli
+from lcm_jax import data_cli, eval_cli, lora_cli, plan_cli
 from lcm_jax.errors import InputError
 
 EPILOG = """examples:
@@ -35,7 +35,8 @@ def demo(args):
 
 
 def train(args):
-    from lcm_jax.train import parse, start
+    from lcm_jax.flags import parse
+    from lcm_jax.train import start
 
     cluster = {k: getattr(args, k) for k in ('coordinator', 'processes', 'process')}
     start(
@@ -96,9 +97,10 @@ def save(picture, file):
 
 
 def convert(args):
+    from lcm_jax.adapters import term
     from lcm_jax.convert import convert
 
-    loras = [lora_cli.term(text) for text in args.lora]
+    loras = [term(text) for text in args.lora]
     print(convert(args.source, args.out, args.to, args.dtype, loras, args.prediction_type))
 
 
@@ -162,6 +164,7 @@ def parser():
         '--prediction-type', help='epsilon, v_prediction or sample, in place of what the model says'
     )
 
+    eval_cli.add(verb)
     data_cli.add(verbs, verb)
     plan_cli.add(verb)
     lora_cli.add(verbs, verb)

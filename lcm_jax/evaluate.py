@@ -1,115 +1,326 @@
-"""Quality and time of samplers and step counts, in the features of the model's own CLIP."""
+"""Measure ways of drawing: models x LoRAs x samplers x guidance x steps.
+
+    python -m lcm_jax.evaluate --config=configs/eval_NAME.py --workdir=DIR [--config.KEY=VALUE ...]
+
+KEY is one of configs/eval.py. DIR is for results.json, report.md, plots, grids, and a file for each cell
+that is measured: the same command again goes on where it was stopped. Several processes, started as for
+training, share the drawing.
+"""
 
 import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
 import time
+import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+from tqdm import tqdm
 
-from lcm_jax import metrics
-from lcm_jax.data.emoji import to_float
-from lcm_jax.encode import batched
+from lcm_jax import judge, report, sharding
+from lcm_jax.adapters import find, term
+from lcm_jax.data.pairs import pairs, picked
+from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.sources import open_source
+from lcm_jax.errors import InputError, choose
+from lcm_jax.features import open_features, open_lpips
+from lcm_jax.flags import parse
 from lcm_jax.grid import pixels
-from lcm_jax.models.clip import ImageEncoder, TextEncoder
+from lcm_jax.logs import say
+from lcm_jax.measure import statistics_of
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.samplers import SAMPLERS
+from lcm_jax.tree import named
 
-BATCH = 16  # pictures drawn at a time
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A row of a config's `ways`; guidance and steps: a number or several."""
+
+    label: str
+    sampler: str
+    model: str = ''  # '': the config's
+    lora: str = ''  # FILE:SCALE + FILE:SCALE ...; a file, or the name of a shipped LoRA
+    guidance: float | tuple = 1.0
+    steps: int | tuple = ()  # (): the config's
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One way of drawing: a label, a pipeline and its sampler settings."""
+    """One way of drawing, with one guidance and number of steps."""
 
     label: str
-    pipe: Pipeline
+    model: str
+    lora: str
     sampler: str
-    steps: int
     guidance: float
+    steps: int
 
-    def draw(self, prompts, seed):
-        """-> (pictures, seconds of each batch); batches of BATCH, so that one program draws all."""
-        pictures, seconds = [], []
-        for i in range(0, len(prompts), BATCH):
-            chunk = list(prompts[i : i + BATCH])
-            padded = chunk + chunk[:1] * (BATCH - len(chunk))
-            start = time.perf_counter()
-            # Each batch has a seed of its own, so that no two pictures share noise.
-            pictures += self.pipe(
-                padded,
-                sampler=self.sampler,
-                steps=self.steps,
-                guidance=self.guidance,
-                seed=seed + i,
-            )[: len(chunk)]
-            seconds.append(time.perf_counter() - start)
-        return pictures, seconds
+    @property
+    def name(self):
+        return f'{self.label}, {self.steps} step{"s" if self.steps > 1 else ""}'
 
 
-class Features:
-    """The image tower of a pipeline folder (`image_encoder`) beside its text tower, as metrics see them."""
-
-    def __init__(self, pipe):
-        spec = pipe.checkpoint.spec('image_encoder')
-        params = pipe.checkpoint.load('image_encoder')
-        self.size, self.tokenizer = spec.size, pipe.tokenizers[0]
-        self._image = jax.jit(lambda x: ImageEncoder(spec).apply({'params': params}, x))
-        text, text_params = pipe.specs['text_encoder'], pipe.params['text_encoder']
-        self._text = jax.jit(
-            lambda ids: TextEncoder(text).apply({'params': text_params}, ids).pooled
-        )
-
-    def images(self, pictures):
-        """[N,H,W,3] uint8 -> [N,D] float32."""
-        x = jnp.asarray(to_float(pictures))
-        if x.shape[1:3] != (self.size, self.size):
-            x = jax.image.resize(x, (len(x), self.size, self.size, 3), 'bicubic')
-        return batched(self._image, np.asarray(x))
-
-    def texts(self, captions):
-        """[N] str -> [N,D] float32."""
-        return batched(self._text, self.tokenizer(captions))
+def cells_of(way, config):
+    """A row of the config -> its Cells. InputError for an unknown key, sampler or LoRA."""
+    fields = {f.name: f for f in dataclasses.fields(Way)}
+    for key in way:
+        choose(f'key of ways ({way.get("label", "no label")})', key, fields)
+    missing = [k for k in ('label', 'sampler') if not way.get(k)]
+    if missing:
+        raise InputError(f'a row of ways lacks {", ".join(missing)}: {dict(way)}')
+    way = Way(**way)
+    choose('sampler', way.sampler, SAMPLERS)
+    for file, _ in terms(way.lora):
+        find(file)
+    several = np.size(way.guidance) > 1
+    for guidance, steps in itertools.product(
+        np.atleast_1d(way.guidance).tolist(), np.atleast_1d(way.steps or config.steps).tolist()
+    ):
+        label = f'{way.label}, guidance {guidance:g}' if several else way.label
+        yield Cell(label, way.model or config.model, way.lora, way.sampler, guidance, int(steps))
 
 
-def scores(features, pictures, captions, real):
-    """pictures [N,H,W,3], their captions [N], real features [M,D] -> {metric: number}."""
-    images, texts = features.images(pictures), features.texts(captions)
+def terms(lora):
+    """'FILE:SCALE + FILE:SCALE' -> [(file, scale)]; a scale that is not given is 1."""
+    return [term(text.strip()) for text in lora.split('+') if text.strip()]
+
+
+class Artist:
+    """Draws cells, holding one model at a time, on all devices of this process."""
+
+    def __init__(self, config):
+        self.config, self.pipe, self.set_to, self.known = config, None, None, {}
+        devices = jax.local_devices()
+        self.mesh = Mesh(np.array(devices), ('data',)) if len(devices) > 1 else None
+
+    def set(self, cell):
+        """Load the cell's model and LoRAs -> Pipeline."""
+        if self.set_to is None or self.set_to[0] != cell.model:
+            self.pipe = None  # one model in memory
+            self.pipe = Pipeline.load(cell.model, self.config.dtype or None, mesh=self.mesh)
+            self.set_to = cell.model, ''
+        if self.set_to[1] != cell.lora:
+            self.pipe.set_loras(terms(cell.lora))
+            self.set_to = cell.model, cell.lora
+        return self.pipe
+
+    def weights(self, cell):
+        """Hash of all parameters that the cell draws with."""
+        key = cell.model, cell.lora
+        if key not in self.known:
+            self.known[key] = fingerprint(self.set(cell).merged)
+        return self.known[key]
+
+    def draw(self, cell, prompts, first):
+        """-> pictures [N,H,W,3] uint8 of prompts [N], with the noise of numbers from `first` on."""
+        pipe = self.set(cell)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # captions of data sets are cut as in training
+            return pixels(
+                pipe(
+                    prompts,
+                    sampler=cell.sampler,
+                    steps=cell.steps,
+                    guidance=cell.guidance,
+                    seed=self.config.seed,
+                    first=first,
+                    truncate=True,
+                )
+            )
+
+    def batches(self, cell, prompts, process=0, processes=1):
+        """-> iterator of (numbers [b], pictures [b,H,W,3] uint8, seconds of one) of this process's part.
+
+        All are drawn `batch` at a time, by one program; the last is filled up.
+        """
+        size = self.config.batch
+        for start in range(process * size, len(prompts), processes * size):
+            numbers = np.arange(start, min(start + size, len(prompts)))
+            chunk = [prompts[i] for i in numbers]
+            begun = time.perf_counter()
+            drawn = self.draw(cell, chunk + chunk[:1] * (size - len(chunk)), start)
+            yield numbers, drawn[: len(chunk)], (time.perf_counter() - begun) / size
+
+
+def fingerprint(tree):
+    """Tree of arrays -> hexadecimal hash of its names, shapes and every bit."""
+
+    @jax.jit
+    def sums(x):
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
+        bits = bits.astype(jnp.uint32).ravel()
+        place = jnp.arange(bits.size, dtype=jnp.uint32)
+        return jnp.stack([jnp.sum(bits * (2 * place + 1)), jnp.sum(bits ^ (place * 40503))])
+
+    said = [(path, x.shape, str(x.dtype), np.asarray(sums(x)).tolist()) for path, x in named(tree)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def run(config, workdir):
+    """Measure all cells of a config -> the results, as in results.json; writes all into `workdir`."""
+    workdir, artist = Path(workdir), Artist(config)
+    cells = [cell for way in config.ways for cell in cells_of(way, config)]
+    reference = config.reference and choose(
+        'reference', config.reference, {cell.label: cell for cell in cells}
+    )
+    cells.sort(key=lambda cell: cell != reference)  # it comes first
+    features = open_features(config.features, mesh=artist.mesh)
+    networks = judge.Networks(
+        features,
+        features if config.clip == config.features else config.clip and open_features(config.clip),
+        config.lpips and open_lpips(config.lpips),
+    )
+    real = statistics_of(features, *opened(config, config.real))
+    results = []
+    for name, source in config.sets:
+        captions, own = captions_of(config, source)
+        judging = judge.Judge(networks, captions, real, config.paired)
+        bench = Bench(artist, judging, source, workdir / 'cells' / slug(name))
+        rows = [judging.real_row(own)]
+        for cell in tqdm(cells, desc=name, disable=jax.process_index() > 0):
+            rows.append(bench.row(cell, cell == reference))
+        results.append({'set': name, 'source': source, 'rows': rows, 'folder': slug(name)})
+    results = {'protocol': protocol(config, networks, real), 'sets': results}
+    if jax.process_index() == 0:
+        write(workdir / 'results.json', results)
+        report.write(workdir, results, config.title, list(config.prompts))
+        say(f'wrote report.md, results.json, plots and grids into {workdir}')
+    sharding.wait('evaluated')
+    return results
+
+
+def protocol(config, networks, real):
+    """What is said beside the numbers."""
     return {
-        'clip': metrics.clip_score(images, texts),
-        'retrieval': metrics.retrieval(images, texts),
-        'frechet': metrics.frechet(real, images),
+        **{'features': networks.features.identity, 'real': config.real, 'real_pictures': real.n},
+        **{'clip': networks.clip and networks.clip.identity, 'paired': config.paired},
+        **{'lpips': networks.lpips and networks.lpips.identity, 'seed': config.seed},
+        **{'resolution': config.resolution, 'batch': config.batch},
+        **{'device': f'{jax.device_count()} {jax.devices()[0].device_kind}', 'dtype': config.dtype},
     }
 
 
-def table(cells, features, samples, other, *, seed=0, progress=lambda x: x):
-    """Rows of {label, seconds, clip, retrieval, frechet}, the samples' real pictures first.
+class Bench:
+    """Measures cells for the captions of one set, each once: what is in `folder` is not drawn again."""
 
-    Every cell draws the samples' captions once from the same seeds; seconds per picture are the
-    median batch's, BATCH pictures at a time, without the first, which may compile. The Fréchet
-    distance is to the features of `other`'s real pictures.
-    """
-    captions = [s.caption for s in samples]
-    real = features.images(np.stack([s.picture for s in other]))
-    own = scores(features, np.stack([s.picture for s in samples]), captions, real)
-    rows = [{'label': 'real pictures', 'seconds': None, **own}]
-    for cell in progress(cells):
-        pictures, seconds = cell.draw(captions, seed)
-        row = scores(features, pixels(pictures), captions, real)
-        warm = float(np.median(seconds[1:] or seconds)) / BATCH
-        rows.append({'label': cell.label.replace('\n', ' '), 'seconds': warm, **row})
-    return rows
+    def __init__(self, artist, judging, source, folder):
+        self.artist, self.judging, self.source, self.folder = artist, judging, source, folder
+        self.process, self.processes = jax.process_index(), jax.process_count()
+        self.reference = None  # {number: picture} of this process
+
+    def row(self, cell, is_reference):
+        """-> the cell's row of the results."""
+        made, stem = self.made_of(cell), self.folder / slug(cell.name)
+        row = known(stem.with_name(f'{stem.name}.json'), made)
+        kept = stem.with_name(f'{stem.name}-{self.process}of{self.processes}.npz')
+        if row is None or (is_reference and not kept.is_file()):
+            row = self.measured(cell, made, stem, kept if is_reference else None)
+        if is_reference:
+            with np.load(kept) as found:
+                self.reference = dict(
+                    zip(found['numbers'].tolist(), found['pictures'], strict=True)
+                )
+        return row
+
+    def made_of(self, cell):
+        """All that a cell's numbers depend on."""
+        c = self.artist.config
+        return {
+            **{k: v for k, v in dataclasses.asdict(cell).items() if k != 'label'},
+            **{'weights': self.artist.weights(cell), 'source': self.source},
+            **{k: c[k] for k in ('seed', 'dtype', 'batch', 'paired', 'resolution')},
+            **{'prompts': list(c.prompts), **self.judging.protocol},
+        }
+
+    def measured(self, cell, made, stem, keep):
+        """Draw and measure -> the row, written beside the grid's pictures. keep: file for the first ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        batches = self.artist.batches(cell, self.judging.captions, self.process, self.processes)
+        if keep:
+            batches = keeping(batches, self.artist.config.paired, keep)
+        row = {
+            **dataclasses.asdict(cell),
+            'file': stem.name,
+            **self.judging(batches, self.reference),
+        }
+        if self.process == 0:
+            prompts = list(self.artist.config.prompts)
+            drawn = [x for _, pictures, _ in self.artist.batches(cell, prompts) for x in pictures]
+            if drawn:
+                Image.fromarray(np.concatenate(drawn, 1)).save(stem.with_name(f'{stem.name}.png'))
+            write(stem.with_name(f'{stem.name}.json'), {**row, 'made_of': made})
+        return row
 
 
-def markdown(rows):
-    """Rows of `table` -> a Markdown table."""
-    lines = [
-        '| | s / picture | CLIP score | retrieval among 100 | Fréchet distance |',
-        '|---|---|---|---|---|',
-    ]
-    for r in rows:
-        seconds = '' if r['seconds'] is None else f'{r["seconds"]:.3f}'
-        lines.append(
-            f'| {r["label"]} | {seconds} | {r["clip"]:.1f} | {r["retrieval"]:.2f} | '
-            f'{r["frechet"]:.2f} |'
-        )
-    return '\n'.join(lines)
+def keeping(batches, most, file):
+    """The batches; once they end, the pictures with numbers below `most` are in the file."""
+    numbers, pictures = [], []
+    for some, drawn, seconds in batches:
+        yield some, drawn, seconds
+        numbers += some[some < most].tolist()
+        pictures += [*drawn[some < most]]
+    np.savez_compressed(file, numbers=numbers, pictures=pictures)
+
+
+def known(file, made):
+    """The row that was measured before, unless it was of something else."""
+    try:
+        row = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return row if row.pop('made_of') == json.loads(json.dumps(made)) else None
+
+
+def opened(config, name):
+    """A source's name -> Source, settings, numbers of all its samples."""
+    settings = DataSettings(source=name, resolution=config.resolution, crop='center')
+    source = open_source(name, settings)
+    return source, settings, np.arange(len(source))
+
+
+def captions_of(config, name):
+    """-> captions [N] to draw, and a function that reads their own pictures."""
+    source, settings, _ = opened(config, name)
+    ids = picked(source, config.count, config.seed)
+    unique = np.unique(ids)
+    said = {i: caption for i, _, caption in pairs(source, settings, unique)}
+    captions = [said[i] for i in ids.tolist() if i in said]
+    return captions, lambda: pairs(source, settings, [i for i in ids if i in said])
+
+
+def write(file, value):
+    """A JSON file; it appears whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f'.part-{file.name}')
+    part.write_text(json.dumps(value, indent=1) + '\n')
+    os.replace(part, file)
+
+
+def slug(text):
+    return re.sub(r'[^a-z0-9.+]+', '-', text.lower()).strip('-')
+
+
+def main(argv=None):
+    """Run the command line; bad input ends with one line on stderr and status 1."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {'-h', '--help'} & {*argv}:
+        return print(__doc__)
+    try:
+        config, workdir, cluster = parse(argv)
+        sharding.start_distributed(**cluster)
+        run(config, workdir)
+    except InputError as e:
+        sys.exit(f'error: {e}')
+
+
+if __name__ == '__main__':
+    main()

@@ -4,14 +4,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 
-def grid(rows, columns, cells, *, tile=96, margin=8, label_width=190, font_size=13):
-    """rows [R] str, columns [C] str (may hold newlines), cells [R][C] PIL images -> one picture."""
+def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190, font_size=13):
+    """rows [R] str, columns [C] str (may hold newlines), cells [R][C] PIL images -> one picture.
+
+    notes: [R][C] str, written below the cells.
+    """
     font = ImageFont.load_default(font_size)
     head = margin + max(c.count('\n') + 1 for c in columns) * (font_size + 4)
-    size = (
-        label_width + len(columns) * (tile + margin),
-        head + len(rows) * (tile + margin) + margin,
-    )
+    pitch = tile + margin + (font_size + 2 if notes else 0)
+    size = label_width + len(columns) * (tile + margin), head + len(rows) * pitch + margin
     out = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(out)
     for j, name in enumerate(columns):
@@ -20,7 +21,7 @@ def grid(rows, columns, cells, *, tile=96, margin=8, label_width=190, font_size=
             (x, head - 4), name, 'black', font, anchor='md', align='center', spacing=2
         )
     for i, name in enumerate(rows):
-        y = head + i * (tile + margin)
+        y = head + i * pitch
         draw.multiline_text(
             (margin, y + tile // 2),
             wrap(name, label_width - 2 * margin, font),
@@ -33,18 +34,22 @@ def grid(rows, columns, cells, *, tile=96, margin=8, label_width=190, font_size=
             x = label_width + j * (tile + margin)
             out.paste(picture.resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
             draw.rectangle((x, y, x + tile - 1, y + tile - 1), outline=(220, 220, 220))
+            if notes:
+                draw.text((x + tile // 2, y + tile + 2), notes[i][j], 'dimgrey', font, anchor='mt')
     return out
 
 
 def wrap(text, width, font):
-    """Break `text` at spaces into lines of at most `width` px."""
-    lines = ['']
-    for word in text.split(' '):
-        longer = f'{lines[-1]} {word}'.strip()
-        if font.getlength(longer) > width and lines[-1]:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+    """Break the lines of `text` at spaces into lines of at most `width` px."""
+    lines = []
+    for line in text.split('\n'):
+        lines.append('')
+        for word in line.split(' '):
+            longer = f'{lines[-1]} {word}'.strip()
+            if font.getlength(longer) > width and lines[-1]:
+                lines.append(word)
+            else:
+                lines[-1] = longer
     return '\n'.join(lines)
 
 

@@ -2,8 +2,6 @@
 
 import sys
 
-from lcm_jax.errors import InputError
-
 
 def inspect(args):
     from lcm_jax.lora_files.describe import inspect_lora
@@ -27,6 +25,7 @@ def convert(args):
 
 
 def merge(args):
+    from lcm_jax.adapters import term
     from lcm_jax.lora_files.verbs import merge_loras
 
     terms = [term(text) for text in args.terms]
@@ -37,17 +36,6 @@ def extract(args):
     from lcm_jax.lora_files.verbs import extract_lora
 
     print(extract_lora(args.base, args.tuned, args.out, args.rank, args.dialect))
-
-
-def term(text):
-    """'style.safetensors:0.8' -> (file, scale); the scale is 1 if there is none."""
-    file, colon, scale = text.rpartition(':')
-    if not colon or '/' in scale or '\\' in scale:
-        return text, 1.0
-    try:
-        return file, float(scale)
-    except ValueError as e:
-        raise InputError(f'{text}: {scale!r} is no scale; write FILE:SCALE, a number') from e
 
 
 def add(verbs, verb):

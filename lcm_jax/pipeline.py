@@ -148,6 +148,14 @@ class Pipeline:
         del self.adapters[name]
         self._remerge()
 
+    def set_loras(self, terms):
+        """Draw with these alone: [(file, scale)], as `add_lora` takes them."""
+        self.adapters.clear()
+        for file, scale in terms:
+            name = Path(file).stem
+            self.adapters[name] = adapters.read_adapter(file, name, scale, self.params)
+        self._remerge()
+
     def with_lora(self, loras):
         """A Pipeline that shares these weights and draws with this acceleration LoRA alone.
 
@@ -173,6 +181,7 @@ class Pipeline:
         guidance=None,
         seed=0,
         count=1,
+        first=0,
         size=None,
         latents=None,
         timesteps=None,
@@ -203,8 +212,9 @@ class Pipeline:
         size: (height, width) px; default the image's, rounded down to what fits, or the model's.
         original_size, crop, target_size: SDXL's micro-conditioning; default size, (0, 0), size.
         latents: noise [N,h,w,C] float32 in place of the seed's.
-        Picture i of the list depends on the seed, i and its prompt, not on how many others are
-        drawn. Raises InputError for what is out of range and for pictures that are not finite.
+        first: number of the first picture. Picture i of the list depends on the seed, first + i and
+        its prompt, not on how many others are drawn: a long list can be drawn in parts. Raises
+        InputError for what is out of range and for pictures that are not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         n = len(prompts) * count
@@ -228,7 +238,7 @@ class Pipeline:
             images.as_list(x, len(prompts), what) for x, what in ((image, 'image'), (mask, 'mask'))
         )
         size = size or (request.picture_size(image, vae.factor) if image else self.size)
-        rows = self._noise(seed, (n, *self.latent_shape(size)), latents)
+        rows = self._noise(seed, first, (n, *self.latent_shape(size)), latents)
         sizes = self.sizes(size, original_size, crop, target_size)
         told = {'cond': self.encode_text(prompts, clip_skip, truncate) | sizes}
         if guided:
@@ -259,11 +269,11 @@ class Pipeline:
         times = self.schedule.custom_times(sampler, timesteps, steps)
         return len(times) - 1, times
 
-    def _noise(self, seed, shape, latents):
+    def _noise(self, seed, first, shape, latents):
         """-> {'keys' [N], 'noise' [N,h,w,C]}: each picture's own, whatever the batch."""
         if not 0 <= seed < 2**32:
             raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
-        keys = _keys(np.uint32(seed), shape[0])
+        keys = _keys(np.uint32(seed), np.uint32(first), shape[0])
         if latents is None:
             latents = samplers.fresh(keys)(len(self.schedule.abar), shape)  # a number no step has
         elif np.shape(latents) != shape:
@@ -275,6 +285,7 @@ def _platform(mesh):
     return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _keys(seed, n):
-    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(n))
+@functools.partial(jax.jit, static_argnums=2)
+def _keys(seed, first, n):
+    numbers = first + jnp.arange(n, dtype=jnp.uint32)
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)

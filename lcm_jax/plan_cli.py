@@ -68,9 +68,9 @@ def verdict(r):
 
 
 def plan(args):
-    from lcm_jax import chips, plan, sharding, step, train, workloads
+    from lcm_jax import chips, flags, plan, sharding, step, workloads
 
-    config, *_ = train.parse(
+    config, *_ = flags.parse(
         [f'--config={args.config}', '--workdir=.', *(f'--config.{s}' for s in args.set)]
     )
     model, size = workloads.sizes_of(config.model), (config.data.resolution,) * 2

@@ -226,3 +226,16 @@ def wait(name):
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def gathered(blob):
+    """Bytes of this process -> [bytes] of all, in each of them."""
+    if jax.process_count() == 1:
+        return [blob]
+    from jax.experimental import multihost_utils
+
+    sizes = multihost_utils.process_allgather(np.array(len(blob))).tolist()
+    padded = np.zeros(max(*sizes, 1), np.uint8)
+    padded[: len(blob)] = np.frombuffer(blob, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:n].tobytes() for row, n in zip(rows, sizes, strict=True)]

@@ -15,8 +15,8 @@ LAYERS = [
     for line in """
     errors original aot
     tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics
-    grid stop loop peers models.flash
-    data.files logs saves models.attention
+    grid stop loop peers flags models.flash
+    data.files logs saves report models.attention
     data.tars
     data.emoji data.folders
     data.emoji_tfds
@@ -30,16 +30,16 @@ LAYERS = [
     models.configs models.shapes models.zoo distill lora_files.dialects conditioning images
     encode data.pictures
     data.loader
-    data.cache_fill data.check
+    data.cache_fill data.check data.pairs
     infer lora_files.family lora_files.algebra lora_files.peft_config
     single lora_files.methods lora_files.programs
     lora_files.files lora_files.describe
     checkpoint scheduler families adapters draw
     request model convert step
-    pipeline workloads preview feed export
-    lcm_jax train lora_files.verbs
+    pipeline workloads preview feed export features
+    lcm_jax train lora_files.verbs judge measure sweep
     evaluate
-    demo lora_cli data_cli plan_cli
+    demo lora_cli data_cli plan_cli eval_cli
     cli
 """.strip().splitlines()
 ]

@@ -1,11 +1,11 @@
-"""A folder of pictures with captions, and pictures made up."""
+"""A folder of pictures, with captions or without, and pictures made up."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
-from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row
+from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row, size_of
 from lcm_jax.data.tars import PICTURES, metadata
 from lcm_jax.errors import InputError
 
@@ -41,6 +41,39 @@ def open_folder(folder, caption):
         except OSError as e:
             broken.append((name, 'file cannot be read', describe(e)))
     return index_of(rows, broken), Folder(files, names, table, caption)
+
+
+def open_pictures(folder):
+    """A folder and those within, pictures only -> Index, fetch(place); every caption is ''."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f'pictures:{folder}: there is no such folder')
+    files = [p for p in sorted(root.rglob('*')) if p.suffix.lower()[1:] in PICTURES]
+    rows, broken = [], []
+    for i, file in enumerate(files):
+        name = file.relative_to(root).as_posix()
+        try:
+            with open(file, 'rb') as picture:
+                size = size_of(picture)
+            rows.append((name, size, size, (np.nan,) * 3, (i,)))
+        except Broken as e:
+            broken.append((name, e.reason, e.detail))
+        except OSError as e:
+            broken.append((name, 'file cannot be read', describe(e)))
+    return index_of(rows, broken), Pictures(files)
+
+
+class Pictures:
+    """fetch(place) -> Raw without a caption. Raises Broken."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __call__(self, place):
+        try:
+            return Raw(self.files[int(place[0])].read_bytes(), ('',))
+        except OSError as e:
+            raise Broken('file cannot be read', describe(e)) from e
 
 
 class Folder:

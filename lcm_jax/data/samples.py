@@ -23,7 +23,7 @@ class Raw(NamedTuple):
     """One sample as it is stored."""
 
     picture: bytes | np.ndarray  # an encoded file, or [H,W,3] uint8
-    captions: tuple[str, ...]  # one at least, none empty
+    captions: tuple[str, ...]  # one at least; none is empty but in a source without any
 
 
 class Index(NamedTuple):

@@ -59,6 +59,7 @@ def open_source(name, settings, model=None):
     tfds:NAME/SPLIT         a TensorFlow Datasets set; tfds:lcm_emoji/train is the shipped one
     array_record:PATTERN    files of tf.train.Examples with an encoded picture
     folder:DIR              pictures with NAME.txt beside them, or metadata.jsonl
+    pictures:DIR            pictures alone, to be measured; every caption is empty
     synthetic:N             N made-up pictures
     cache:DIR               what `lcm-jax data cache` wrote, for `model`; its captions, crops and
                             filters were settled then
@@ -116,6 +117,7 @@ FAMILIES = {
     'array_record': of_files(records.index_array_record, records.fetch_array_record),
     'tfds': lambda what, settings, model: (*records.open_tfds(what, settings.caption), None),
     'folder': lambda what, settings, model: (*folders.open_folder(what, settings.caption), None),
+    'pictures': lambda what, settings, model: (*folders.open_pictures(what), None),
     'synthetic': lambda what, settings, model: (
         *folders.open_synthetic(what, settings.resolution, settings.seed),
         None,

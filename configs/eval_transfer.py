@@ -1,0 +1,32 @@
+"""Transfer: the LCM-LoRA of the base teacher on the teacher's Fluent fine-tune, without training.
+
+lcm-jax train --config configs/emoji_finetune.py --workdir runs/emoji_finetune
+lcm-jax evaluate --config configs/eval_transfer.py --workdir runs/eval_transfer
+"""
+
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    c = runpy.run_path(str(Path(__file__).with_name('eval.py')))['get_config']()
+    c.title = 'LCM-LoRA on a fine-tuned model'
+    c.model = 'runs/emoji_finetune/fluent'
+    c.reference = 'fine-tune'
+    c.ways = (
+        {'label': 'fine-tune', 'sampler': 'ddim', 'steps': 50, 'guidance': 4.0},
+        {'label': 'DDIM', 'sampler': 'ddim', 'guidance': 4.0},
+        {'label': 'DPM-Solver', 'sampler': 'dpm', 'guidance': 4.0},
+        {'label': 'DPM-Solver++', 'sampler': 'dpm++', 'guidance': 4.0},
+        {'label': "base's LCM-LoRA", 'sampler': 'lcm', 'lora': 'lcm'},
+    )
+    c.sets = (('Fluent captions', 'emoji:fluent'),)
+    c.real = 'emoji:fluent'
+    c.prompts = (
+        'red heart, emotion, heart, love, red, fluent 3d emoji',
+        'cat face, animal, cat, face, kitten, kitty, pet, fluent 3d emoji',
+        'strawberry, berry, fruit, fluent 3d emoji',
+        'airplane, aeroplane, fluent 3d emoji',
+        'robot, face, monster, fluent 3d emoji',
+    )
+    return c

@@ -1,0 +1,73 @@
+"""Pictures and their captions in a source's own order, each once: what is measured, not trained on."""
+
+import hashlib
+
+import numpy as np
+
+from lcm_jax.data.loader import One, iterate
+from lcm_jax.data.samples import Broken, Drops
+from lcm_jax.errors import InputError
+
+
+class Pairs(One):
+    """Single samples of a source, by number; cut to its settings' resolution from the middle."""
+
+    def __init__(self, source, settings, ids):
+        super().__init__(source, (), settings)
+        self.ids = np.asarray(ids)
+
+    def pair(self, j):
+        """-> number, name, pixels [h,w,3] uint8, caption, None; or (reason, detail) of a broken one."""
+        i = int(self.ids[j])
+        name = self.source.sample_name(i)
+        try:
+            arrays, caption = self.sample(i, 0, i, self.shapes[self.bucket[i]])
+        except Broken as e:
+            return i, name, None, '', (e.reason, e.detail)
+        return i, name, arrays['pixels'], caption, None
+
+    def digest(self, j):
+        """-> sha256 of a sample's name and its picture as it is stored, or of why it cannot be read."""
+        i = int(self.ids[j])
+        try:
+            picture = self.source.read(i).picture
+        except Broken as e:
+            picture = e.reason.encode()
+        raw = picture if isinstance(picture, bytes) else np.ascontiguousarray(picture).tobytes()
+        return hashlib.sha256(self.source.sample_name(i).encode() + raw).digest()
+
+
+def picked(source, limit, seed):
+    """-> ids: `limit` samples of a source by chance, or, if it is 0, all; in their order.
+
+    Where the source has fewer, all of them as often as it takes.
+    """
+    n = len(source)
+    if not 0 < limit < n:
+        return np.arange(limit or n) % n
+    return np.sort(np.random.default_rng(seed).choice(n, limit, replace=False))
+
+
+def pairs(source, settings, ids):
+    """Source, numbers [N] of its samples -> iterator of (number, pixels [h,w,3] uint8, caption).
+
+    Broken samples are left out; InputError with their table if too large a share is broken.
+    """
+    if source.encoded:
+        raise InputError(f'{source.name} holds no pictures; name what it was made of')
+    reader, broken, given = Pairs(source, settings, ids), Drops(), 0
+    for number, name, pixels, caption, fault in iterate(reader.pair, range(len(ids)), settings):
+        if fault:
+            broken.add(fault[0], name, fault[1])
+        else:
+            given += 1
+            yield number, pixels, caption
+    broken.check(source.name, given, settings.max_dropped)
+
+
+def content(source, settings, ids):
+    """-> hexadecimal hash of the samples' names and stored pictures, in their order."""
+    reader, whole = Pairs(source, settings, ids), hashlib.sha256()
+    for digest in iterate(reader.digest, range(len(ids)), settings):
+        whole.update(digest)
+    return whole.hexdigest()[:16]

@@ -1,0 +1,98 @@
+"""The verbs `lcm-jax evaluate`, `measure` and `sweep`: what each takes, and which function does it."""
+
+from pathlib import Path
+
+
+def evaluate(args):
+    from lcm_jax import flags
+    from lcm_jax.evaluate import run
+
+    settings = [f'--config.{setting}' for setting in args.set]
+    run(*flags.parse([f'--config={args.config}', f'--workdir={args.workdir}', *settings])[:2])
+
+
+def measure(args):
+    import numpy as np
+
+    from lcm_jax.measure import compare
+
+    found = compare(args.real, args.fake, args.features, args.resolution)
+    print(f'FID {found["fid"]:.4f}')
+    print(f'KID {found["kid"]:.6f} +- {found["kid_std"]:.6f}')
+    print(f'{found["fake"]:,} pictures against {found["real"]:,}; features {found["features"]}')
+    if found['biased']:
+        print('with fewer than 10,000 pictures of each, FID is biased upwards; KID is not')
+    for file, statistics in zip((args.save_real, args.save_fake), found['statistics'], strict=True):
+        if file:
+            with open(file, 'wb') as out:
+                np.savez(out, **statistics.arrays())
+            print(f'wrote {file}')
+
+
+def sweep(args):
+    from lcm_jax.sweep import sweep
+
+    picture, lines = sweep(
+        args.prompt,
+        model=args.model,
+        lora=args.lora,
+        also=args.also,
+        scales=args.scales,
+        guidance=args.guidance,
+        steps=args.steps,
+        sampler=args.sampler,
+        seed=args.seed,
+        clip=args.clip,
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.out)
+    print('\n'.join([*lines, f'wrote {args.out}']))
+
+
+def add(verb):
+    """Add the verbs to the parser; verb(run, name, text) adds one."""
+    p = verb(evaluate, 'evaluate', 'measure ways of drawing: FID, CLIP score, LPIPS, seconds')
+    p.add_argument('--config', required=True, help='a file such as configs/eval_emoji.py')
+    p.add_argument('--workdir', required=True, help='folder for tables, plots and grids')
+    p.add_argument(
+        '--set',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY=VALUE',
+        help='keys of configs/eval.py, e.g. count=256',
+    )
+
+    p = verb(measure, 'measure', 'FID and KID of two sets of pictures')
+    text = 'pictures:DIR, folder:DIR, emoji, wds:PATTERN, ... or a .npz file of statistics'
+    p.add_argument('real', help=text)
+    p.add_argument('fake', help='the same')
+    text = 'network: emoji (the default), clip:FOLDER, inception:FILE; see lcm_jax/features.py'
+    p.add_argument('--features', default='emoji', help=text)
+    text = 'px of the square that all pictures are resized and cut to; default: as they are'
+    p.add_argument('--resolution', type=int, default=0, help=text)
+    for which in ('real', 'fake'):
+        text = f'write the statistics of {which.upper()}, to be given in its place'
+        p.add_argument(f'--save-{which}', type=Path, metavar='FILE', help=text)
+
+    p = verb(sweep, 'sweep', 'a grid of one prompt: LoRA scales or guidance, against steps')
+    p.add_argument('prompt', nargs='+', help='one or several prompts; each has rows of its own')
+    p.add_argument('--out', type=Path, default='sweep.png', help='picture file; default: sweep.png')
+    p.add_argument(
+        '--model', default='emoji', help="'emoji' (the default), a folder, a file or a hub id"
+    )
+    p.add_argument(
+        '--lora', metavar='FILE', help="the LoRA whose --scales are tried; 'lcm': shipped"
+    )
+    text = 'LoRAs that are always there; FILE:SCALE, repeatable'
+    p.add_argument('--also', action='append', default=[], metavar='FILE:SCALE', help=text)
+    numbers = {'nargs': '+', 'type': float}
+    p.add_argument('--scales', **numbers, help='of --lora, a row each; default: 0 0.25 0.5 0.75 1')
+    p.add_argument(
+        '--guidance', **numbers, help='a row each, if there is no --scales; one: for all'
+    )
+    p.add_argument('--steps', nargs='+', type=int, default=[1, 2, 4, 8], help='a column each')
+    p.add_argument('--sampler', help='default: as the LoRA needs, lcm or ddim')
+    p.add_argument('--seed', type=int, default=0, help='default: 0')
+    text = 'network of the CLIP score below each picture: emoji, clip:FOLDER; default: emoji'
+    p.add_argument('--clip', default='emoji', help=text)

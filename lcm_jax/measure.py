@@ -1,0 +1,108 @@
+"""Sets of pictures -> their statistics, and the distance of two."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from lcm_jax import metrics
+from lcm_jax.data.files import cache_folder
+from lcm_jax.data.pairs import content, pairs
+from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.sources import open_source
+from lcm_jax.errors import InputError
+from lcm_jax.features import open_features
+from lcm_jax.metrics import Statistics
+
+BATCH = 64  # pictures at a time
+
+
+def statistics_of(features, source, settings, ids):
+    """The samples of a source with numbers `ids` -> Statistics, from the cache if they were measured before.
+
+    The cache, lcm_jax/statistics beside the indexes of tars, goes by the pictures' bytes, how they are cut
+    and the features' identity.
+    """
+    key = f'{content(source, settings, ids)}-{settings.resolution}-{features.identity}'
+    file = cache_folder().with_name('statistics') / f'{key.replace("/", "_")}.npz'
+    if file.is_file():
+        return Statistics.load(file)
+    found = streamed(features, pairs(source, settings, ids), len(ids), source.name)
+    part = file.with_name(f'.part-{os.getpid()}-{file.name}')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(part, **found.arrays())
+    os.replace(part, file)
+    return found
+
+
+def streamed(features, samples, total, label):
+    """Iterator of (number, picture, caption) -> Statistics, BATCH pictures at a time in memory."""
+    found, numbers, pictures = None, [], []
+    with tqdm(total=total, desc=f'features of {label}', leave=False) as bar:
+
+        def flush():
+            x = features.images(np.stack(pictures))
+            part = Statistics.of(features.identity, x, np.array(numbers))
+            bar.update(len(numbers))
+            numbers.clear()
+            pictures.clear()
+            return found.merge(part) if found else part
+
+        for number, picture, _ in samples:
+            numbers.append(number)
+            pictures.append(picture)
+            if len(numbers) == BATCH:
+                found = flush()
+        if numbers:
+            found = flush()
+    return found
+
+
+def side(features, name, resolution):
+    """A .npz file of statistics, or the name of a source -> Statistics.
+
+    Raises InputError if the source's pictures have several sizes and no resolution is given.
+    """
+    if name.endswith('.npz'):
+        found = Statistics.load(Path(name))
+        if found.features != features.identity:
+            raise InputError(
+                f'{name} holds statistics of features {found.features!r}; this network is '
+                f'{features.identity!r}: measure the pictures again with it'
+            )
+        return found
+    source = open_source(
+        name, DataSettings(source=name, resolution=resolution or 64, crop='center')
+    )
+    if not resolution:
+        shapes, first = np.unique(source.sizes, axis=0, return_index=True)
+        if len(shapes) > 1 or shapes[0][0] != shapes[0][1]:
+            said = ', '.join(
+                f'{source.sample_name(i)} {h} x {w}'
+                for i, (h, w) in zip(first[:3], shapes[:3].tolist(), strict=False)
+            )
+            raise InputError(
+                f'{name}: pictures of {len(shapes)} sizes, or not square: {said}; give a '
+                'resolution that all are resized and cut to'
+            )
+        resolution = int(shapes[0][0])
+    settings = DataSettings(source=name, resolution=resolution, crop='center')
+    return statistics_of(features, source, settings, np.arange(len(source)))
+
+
+def compare(real, fake, features='emoji', resolution=0):
+    """Two sets, each the name of a source or a .npz file of statistics -> dict of numbers.
+
+    features: as `features.open_features` takes it. resolution: px of the square that all pictures are
+    resized and cut to; 0: they have one size already. -> 'fid', 'kid', 'kid_std', 'real' and 'fake'
+    (numbers of pictures), 'features', 'biased' (fewer than metrics.FEW), and the Statistics.
+    """
+    features = open_features(features)
+    real, fake = (side(features, name, resolution) for name in (real, fake))
+    fid, (kid, deviation) = metrics.frechet(real, fake), metrics.kid(real, fake)
+    few = min(real.n, fake.n) < metrics.FEW
+    return {
+        **{'fid': fid, 'kid': kid, 'kid_std': deviation, 'real': real.n, 'fake': fake.n},
+        **{'features': features.identity, 'biased': few, 'statistics': (real, fake)},
+    }

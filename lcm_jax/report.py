@@ -1,0 +1,152 @@
+"""Results of an evaluation -> tables, plots and picture grids."""
+
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from lcm_jax.grid import grid
+
+
+class Metric(NamedTuple):
+    """How a number is shown."""
+
+    key: str
+    title: str
+    scale: float = 1.0
+    digits: int = 2
+    log: bool = False  # axis of the plots
+
+
+METRICS = (
+    Metric('fid', 'FID (lower is better)', log=True),
+    Metric('kid', 'KID x 1000 (lower is better)', 1000, 1),
+    Metric('clip', 'CLIP score (higher is better)', digits=1),
+    Metric('retrieval', 'share that finds its caption among 100 (higher is better)'),
+    Metric('lpips', 'LPIPS to the reference from the same noise (lower is better)', digits=3),
+    Metric('psnr', 'PSNR to the reference from the same noise, dB (higher is better)', digits=1),
+    Metric('seconds', 'seconds per picture', digits=3),
+)
+PLOTTED = ('fid', 'clip', 'lpips')
+
+
+def write(workdir, results, title, prompts):
+    """report.md, quality-SET.png and grid-SET.png of results as `evaluate.run` makes them."""
+    for one in results['sets']:
+        plot(one['rows']).savefig(workdir / f'quality-{one["folder"]}.png', dpi=100)
+        if prompts:
+            picture_grid(workdir, one, prompts).save(workdir / f'grid-{one["folder"]}.png')
+    (workdir / 'report.md').write_text(markdown(results, title, prompts))
+
+
+def markdown(results, title, prompts):
+    """-> the report: a table of ways x steps for each metric and set, and the protocol."""
+    lines = [f'# {title}', ''] if title else []
+    for one in results['sets']:
+        n = one['rows'][0]['n']
+        lines += [f'## {one["set"]}', '', f'{n:,} captions of `{one["source"]}`', '']
+        for metric in METRICS:
+            lines += table(one['rows'], metric)
+        lines += [f'![quality](quality-{one["folder"]}.png)', '']
+        lines += [f'![pictures](grid-{one["folder"]}.png)', ''] if prompts else []
+    return '\n'.join([*lines, *said(results)]) + '\n'
+
+
+def table(rows, metric):
+    """Rows, a Metric -> lines of Markdown; none if no row has it."""
+    rows = [r for r in rows if r.get(metric.key) is not None]
+    steps = sorted({r['steps'] for r in rows if r['steps']})
+    if not steps:
+        return []
+    found = {(r['label'], r['steps']): r[metric.key] * metric.scale for r in rows}
+    labels = list(dict.fromkeys(r['label'] for r in rows))
+
+    def cell(label, n):
+        value = found.get((label, n))
+        return '' if value is None else f'{value:.{metric.digits}f}'
+
+    lines = [f'{metric.title}:', '', '| | ' + ' | '.join(map(str, steps)) + ' |']
+    lines.append('|---' * (len(steps) + 1) + '|')
+    for label in labels:
+        if (label, None) in found:  # real pictures: one number for all
+            lines.append(f'| {label} | {cell(label, None)} |' + ' |' * (len(steps) - 1))
+        else:
+            lines.append(f'| {label} | ' + ' | '.join(cell(label, n) for n in steps) + ' |')
+    return [*lines, '']
+
+
+def said(results):
+    """-> lines about how all was measured."""
+    p = results['protocol']
+    first = results['sets'][0]['rows'][0]
+    lines = [
+        f'FID and KID: features {p["features"]}, to {p["real_pictures"]:,} real pictures of '
+        f'`{p["real"]}`, resized and cut to {p["resolution"]} px.'
+    ]
+    if first['biased']:
+        lines.append(
+            'With fewer than 10,000 pictures FID is biased upwards (KID is not): compare numbers of '
+            'this report with each other only.'
+        )
+    if p['clip']:
+        lines.append(f'CLIP score: {p["clip"]}.')
+    if p['lpips']:
+        lines.append(f'LPIPS: {p["lpips"]}, first {p["paired"]:,} pictures.')
+    lines.append(
+        f'Seed {p["seed"]}; every way draws the same captions from the same noise. Seconds are the '
+        f'median batch of {p["batch"]}, compiled program warm, text encoders and VAE included, on '
+        f'{p["device"]}.'
+    )
+    return lines
+
+
+def plot(rows):
+    """Rows -> figure: each of PLOTTED against steps, and against seconds per picture."""
+    shown = [m for m in METRICS if m.key in PLOTTED and any(m.key in r for r in rows)]
+    figure = Figure(figsize=(4.2 * len(shown), 6.4), layout='constrained')
+    axes = figure.subplots(2, len(shown), squeeze=False)
+    drawn = [r for r in rows if r['steps']]
+    labels = list(dict.fromkeys(r['label'] for r in drawn))
+    for column, metric in zip(axes.T, shown, strict=True):
+        for axis, key, name in zip(
+            column, ('steps', 'seconds'), ('steps', 's / picture'), strict=True
+        ):
+            for i, label in enumerate(labels):
+                points = sorted(
+                    (r[key], r[metric.key] * metric.scale)
+                    for r in drawn
+                    if r['label'] == label and r.get(metric.key) is not None
+                )
+                if points:
+                    axis.plot(
+                        *zip(*points, strict=True), marker='.', color=f'C{i % 10}', label=label
+                    )
+            axis.set(xlabel=name, xscale='log', yscale='log' if metric.log else 'linear')
+            axis.grid(alpha=0.3)
+        steps = sorted({r['steps'] for r in drawn})
+        column[0].set_xticks(steps, map(str, steps))
+        column[0].minorticks_off()
+        column[0].set_title(metric.title, fontsize='medium')
+    axes[0][0].legend(fontsize='small')
+    return figure
+
+
+def picture_grid(workdir, one, prompts):
+    """A set's cells as columns, the config's prompts as rows -> PIL image."""
+    rows = [r for r in one['rows'] if r.get('file')]
+    columns = []
+    for r in rows:
+        with Image.open(workdir / 'cells' / one['folder'] / f'{r["file"]}.png') as strip:
+            side = strip.width // len(prompts)
+            columns.append(
+                [
+                    strip.crop((i * side, 0, (i + 1) * side, strip.height))
+                    for i in range(len(prompts))
+                ]
+            )
+    return grid(
+        prompts,
+        [f'{r["label"]}\n{r["steps"]}' for r in rows],
+        list(zip(*columns, strict=True)),
+        tile=80,
+    )

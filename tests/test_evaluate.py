@@ -1,0 +1,281 @@
+"""The evaluation harness, on a tiny model: what it draws, measures, keeps and refuses."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import runs
+from PIL import Image
+
+from lcm_jax import evaluate, judge, measure, metrics, report
+from lcm_jax.cli import main
+from lcm_jax.data.pairs import pairs, picked
+from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.sources import open_source
+from lcm_jax.errors import InputError
+from lcm_jax.flags import parse
+from lcm_jax.metrics import Statistics
+from lcm_jax.pipeline import Pipeline
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+
+
+def config(model, **changes):
+    settings = {'resolution': 16, 'count': 24, 'paired': 9, 'batch': 8} | changes
+    c = parse(
+        [
+            f'--config={runs.CONFIGS / "eval.py"}',
+            '--workdir=.',
+            *(f'--config.{k}={v}' for k, v in settings.items()),
+        ]
+    )[0]
+    c.model, c.real, c.reference = str(model), 'emoji-heldout:noto', 'teacher'
+    c.ways = (
+        {'label': 'few', 'sampler': 'ddim', 'steps': (1, 2), 'guidance': (1.0, 3.0)},
+        {'label': 'teacher', 'sampler': 'ddim', 'steps': 3, 'guidance': 3.0},
+    )
+    c.sets = (('some', 'emoji-heldout:noto'),)
+    c.prompts = ('a cat', 'a dog')
+    return c
+
+
+@pytest.fixture(scope='module')
+def done(model, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('eval')
+    return workdir, evaluate.run(config(model), workdir)
+
+
+def test_rows_are_every_combination_with_the_reference_first(done):
+    _, found = done
+    rows = found['sets'][0]['rows']
+    assert [(r['label'], r['steps']) for r in rows] == [
+        ('real pictures', None),
+        ('teacher', 3),
+        *((f'few, guidance {g}', n) for g in (1, 3) for n in (1, 2)),
+    ]
+    assert all(r['n'] == 24 for r in rows)
+    assert rows[1]['fid'] > rows[0]['fid']
+    assert 'psnr' not in rows[1] and all('psnr' in r and 'lpips' in r for r in rows[2:])
+    assert all(r['biased'] for r in rows)
+
+
+def test_numbers_are_those_of_the_pictures(model, done, tmp_path):
+    """Drawn at once, and measured whole, without the harness's batches and streams."""
+    c, row = config(model), done[1]['sets'][0]['rows'][-1]
+    source = open_source(
+        'emoji-heldout:noto', settings := DataSettings(resolution=16, crop='center')
+    )
+    ids = picked(source, c.count, c.seed)
+    captions = [caption for _, _, caption in pairs(source, settings, ids)]
+    pipe = Pipeline.load(model)
+    drawn, theirs = (
+        evaluate.pixels(
+            pipe(captions, sampler='ddim', steps=n, guidance=3.0, seed=0, truncate=True)
+        )
+        for n in (2, 3)
+    )
+    network = evaluate.open_features('emoji')
+    real = np.stack([x for _, x, _ in pairs(source, settings, np.arange(len(source)))])
+    a, b = (Statistics.of('', network.images(x), np.arange(len(x))) for x in (real, drawn))
+    assert row['fid'] == pytest.approx(metrics.frechet(a, b), rel=1e-4)
+    assert row['kid'] == pytest.approx(metrics.kid(a, b)[0], rel=1e-4)
+    clip = metrics.cosines(network.images(drawn), network.texts(captions)).mean()
+    assert row['clip'] == pytest.approx(clip, rel=1e-4)
+    assert row['psnr'] == pytest.approx(metrics.psnr(drawn[:9], theirs[:9]).mean(), rel=1e-4)
+
+
+def test_report_says_what_was_measured(done):
+    workdir, _ = done
+    text = (workdir / 'report.md').read_text()
+    assert 'FID (lower is better)' in text and '24 captions of `emoji-heldout:noto`' in text
+    assert 'biased upwards' in text and 'emoji' in text
+    with (
+        Image.open(workdir / 'grid-some.png') as grid,
+        Image.open(workdir / 'quality-some.png') as p,
+    ):
+        assert min(*grid.size, *p.size) > 100
+    assert json.loads((workdir / 'results.json').read_text())['protocol']['seed'] == 0
+
+
+def test_cells_are_measured_once_and_again_if_anything_changed(model, tmp_path, monkeypatch):
+    drawn = []
+    draw = evaluate.Artist.draw
+
+    def counted(self, cell, *args):
+        drawn.append(cell.name)
+        return draw(self, cell, *args)
+
+    monkeypatch.setattr(evaluate.Artist, 'draw', counted)
+    first = evaluate.run(config(model), tmp_path)
+    assert {*drawn} == {
+        'teacher, 3 steps',
+        *(f'few, guidance {g}, {n} step{"s" * (n > 1)}' for g in (1, 3) for n in (1, 2)),
+    }
+    drawn.clear()
+    assert evaluate.run(config(model), tmp_path) == first and not drawn
+    (tmp_path / 'cells' / 'some' / 'few-guidance-1-2-steps.json').write_text('{"half')
+    assert (
+        evaluate.run(config(model), tmp_path)['sets'][0]['rows'][3]['fid']
+        == first['sets'][0]['rows'][3]['fid']
+    )
+    assert {*drawn} == {'few, guidance 1, 2 steps'}
+    drawn.clear()
+    evaluate.run(config(model, seed=1), tmp_path)
+    assert len({*drawn}) == 5
+
+
+@pytest.mark.parametrize(
+    ('way', 'said'),
+    [
+        (
+            {'label': 'a', 'sampler': 'ddim', 'step': 3},
+            "unknown key of ways (a) 'step' (did you mean 'steps'",
+        ),
+        ({'label': 'a'}, 'a row of ways lacks sampler'),
+        ({'label': 'a', 'sampler': 'dimm'}, "unknown sampler 'dimm'"),
+        ({'label': 'a', 'sampler': 'ddim', 'lora': 'lmc:1'}, 'lmc'),
+    ],
+)
+def test_ways_that_cannot_be_are_refused_before_anything_is_drawn(
+    model, tmp_path, way, said, monkeypatch
+):
+    c = config(model)
+    c.ways, c.reference = ({'label': 'first', 'sampler': 'ddim', 'steps': 1}, way), ''
+    monkeypatch.setattr(evaluate.Artist, 'draw', lambda *_: pytest.fail('drawn'))
+    with pytest.raises(InputError) as e:
+        evaluate.run(c, tmp_path)
+    assert said in str(e.value)
+
+
+def test_statistics_of_two_processes_are_those_of_one():
+    rng = np.random.default_rng()
+    x = rng.normal(size=(300, 16)).astype(np.float32)
+    numbers = np.arange(300)
+    whole = judge.Tally(Statistics.of('f', x, numbers), {'clip': np.array([x.sum(), 300])})
+    parts = []
+    for process in range(2):
+        tally = judge.Tally()
+        for start in range(process * 40, 300, 80):
+            some = slice(start, start + 40)
+            tally.add(
+                judge.Tally(
+                    Statistics.of('f', x[some], numbers[some]),
+                    {'clip': np.array([x[some].sum(), len(x[some])])},
+                )
+            )
+        parts.append(judge.Tally.load(tally.dump()))
+    parts[0].add(parts[1])
+    for name, value in whole.statistics.arrays().items():
+        if value.dtype.kind in 'fu':
+            np.testing.assert_allclose(
+                parts[0].statistics.arrays()[name], value, rtol=1e-10, atol=1e-10
+            )
+    assert parts[0].statistics.n == 300
+    np.testing.assert_allclose(parts[0].sums['clip'], whole.sums['clip'], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('make', 'said'),
+    [
+        (lambda f: None, 'needs two pictures of each set'),
+        (
+            lambda f: Image.new('RGB', (16, 24)).save(f / 'b.png'),
+            'pictures of 2 sizes, or not square: a.png 16 x 16',
+        ),
+        (
+            lambda f: (f / 'b.png').write_bytes(b'no picture'),
+            '1 picture cannot be read (first: b.png',
+        ),
+        (lambda f: (f / 'a.png').unlink(), 'no samples'),
+    ],
+)
+def test_folders_that_cannot_be_measured(tmp_path, make, said):
+    folder = tmp_path / 'set'
+    folder.mkdir()
+    Image.new('RGB', (16, 16), 'red').save(folder / 'a.png')
+    make(folder)
+    with pytest.raises(InputError) as e:
+        measure.compare(f'pictures:{folder}', f'pictures:{folder}')
+    assert said in str(e.value)
+
+
+def test_measure_prints_the_distance_and_keeps_statistics(tmp_path, capsys):
+    kept = tmp_path / 'real.npz'
+    main(['measure', 'emoji-heldout:noto', 'emoji-heldout:twemoji', '--save-real', str(kept)])
+    said = capsys.readouterr().out
+    main(['measure', str(kept), 'emoji-heldout:twemoji'])
+    again = capsys.readouterr().out
+    assert said.splitlines()[0] == again.splitlines()[0] and said.startswith('FID ')
+    assert 'biased upwards' in said
+    found = Statistics.load(kept)
+    with open(kept, 'wb') as file:
+        np.savez(file, **dataclasses.replace(found, features='another').arrays())
+    with pytest.raises(InputError, match="statistics of features 'another'; this network is"):
+        measure.side(evaluate.open_features('emoji'), str(kept), 0)
+    kept.write_bytes(b'nothing')
+    with pytest.raises(InputError, match='holds no statistics'):
+        measure.side(evaluate.open_features('emoji'), str(kept), 0)
+
+
+def test_sweep_draws_a_row_for_each_scale(tmp_path, capsys):
+    out = tmp_path / 'sweep.png'
+    main(
+        [
+            'sweep',
+            'red heart, noto emoji',
+            '--lora',
+            'lcm',
+            '--scales',
+            '0',
+            '1',
+            '--steps',
+            '1',
+            '2',
+            '--out',
+            str(out),
+        ]
+    )
+    said = capsys.readouterr().out
+    assert '| scale 0 |' in said and '| scale 1 |' in said
+    with Image.open(out) as picture:
+        assert picture.size[1] > 2 * 96
+    with pytest.raises(SystemExit, match='not both'):
+        main(['sweep', 'x', '--out', str(out)])
+
+
+def test_every_key_is_read(model, tmp_path):
+    """Of configs/eval.py."""
+    text = ''.join(
+        (runs.ROOT / 'lcm_jax' / f'{name}.py').read_text() for name in ('evaluate', 'report')
+    )
+    for key in config(model):
+        assert f'config.{key}' in text or f"'{key}'" in text or f'c.{key}' in text, key
+
+
+def test_results_without_networks_for_captions(model, tmp_path):
+    c = config(model, clip='', lpips='', count=8)
+    c.ways = c.ways[1:]
+    rows = evaluate.run(c, tmp_path)['sets'][0]['rows']
+    assert 'clip' not in rows[1] and 'lpips' not in rows[1]
+    assert 'CLIP score' not in report.markdown(evaluate.run(c, tmp_path), '', [])
+
+
+def test_help_of_the_program():
+    out = subprocess.run(
+        [sys.executable, '-m', 'lcm_jax.evaluate', '--help'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert '--config=configs/eval_NAME.py' in out.stdout
