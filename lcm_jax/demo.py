@@ -8,7 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lcm_jax.data.emoji import emoji
-from lcm_jax.evaluate import BATCH, Cell, Features, markdown, table
+from lcm_jax.evaluate import BATCH, Cell, markdown, table
+from lcm_jax.features import open_features
 from lcm_jax.grid import grid
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.train import parse, run
@@ -73,7 +74,7 @@ def demo(out, steps=400):
     n = len(heldout)
     rows = table(
         cells,
-        Features(teacher),
+        open_features('emoji'),
         [samples[i] for i in pick[:n]],
         [samples[i] for i in pick[n : 2 * n]],
         progress=lambda x: tqdm(x, desc='table'),

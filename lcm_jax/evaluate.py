@@ -1,17 +1,12 @@
-"""Quality and time of samplers and step counts, in the features of the model's own CLIP."""
+"""Quality and time of samplers and step counts, in given features."""
 
 import dataclasses
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import metrics
-from lcm_jax.data.emoji import to_float
-from lcm_jax.encode import batched
 from lcm_jax.grid import pixels
-from lcm_jax.models.clip import ImageEncoder, TextEncoder
 from lcm_jax.pipeline import Pipeline
 
 BATCH = 16  # pictures drawn at a time
@@ -44,31 +39,6 @@ class Cell:
             )[: len(chunk)]
             seconds.append(time.perf_counter() - start)
         return pictures, seconds
-
-
-class Features:
-    """The image tower of a pipeline folder (`image_encoder`) beside its text tower, as metrics see them."""
-
-    def __init__(self, pipe):
-        spec = pipe.checkpoint.spec('image_encoder')
-        params = pipe.checkpoint.load('image_encoder')
-        self.size, self.tokenizer = spec.size, pipe.tokenizers[0]
-        self._image = jax.jit(lambda x: ImageEncoder(spec).apply({'params': params}, x))
-        text, text_params = pipe.specs['text_encoder'], pipe.params['text_encoder']
-        self._text = jax.jit(
-            lambda ids: TextEncoder(text).apply({'params': text_params}, ids).pooled
-        )
-
-    def images(self, pictures):
-        """[N,H,W,3] uint8 -> [N,D] float32."""
-        x = jnp.asarray(to_float(pictures))
-        if x.shape[1:3] != (self.size, self.size):
-            x = jax.image.resize(x, (len(x), self.size, self.size, 3), 'bicubic')
-        return batched(self._image, np.asarray(x))
-
-    def texts(self, captions):
-        """[N] str -> [N,D] float32."""
-        return batched(self._text, self.tokenizer(captions))
 
 
 def scores(features, pictures, captions, real):

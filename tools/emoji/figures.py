@@ -12,7 +12,8 @@ import numpy as np
 from lcm_jax.data.emoji import emoji, to_float
 from lcm_jax.demo import GUIDANCE
 from lcm_jax.encode import batched
-from lcm_jax.evaluate import Cell, Features, markdown, table
+from lcm_jax.evaluate import Cell, markdown, table
+from lcm_jax.features import open_features
 from lcm_jax.models.vae import VAE
 from lcm_jax.pipeline import Pipeline
 
@@ -39,9 +40,10 @@ def main():
     train, heldout = (emoji(split, ('noto', 'twemoji')) for split in ('train', 'heldout'))
     pick = np.random.default_rng(0).permutation(len(train))[: 2 * len(heldout)]
     mine, other = ([train[i] for i in part] for part in np.split(pick, 2))
+    features = open_features('emoji')
     for name, samples in (('training', mine), ('held-out', heldout)):
         print(f'{len(samples)} {name} captions:\n')
-        print(markdown(table(cells, Features(teacher), samples, other)) + '\n')
+        print(markdown(table(cells, features, samples, other)) + '\n')
 
 
 if __name__ == '__main__':
