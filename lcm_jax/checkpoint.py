@@ -49,12 +49,7 @@ class Checkpoint:
 
     def shapes(self, part, dtype=jnp.float32):
         """Component -> its parameters as shapes of `dtype`. InputError for sizes that cannot be."""
-        spec = self.spec(part)
-        try:
-            tree = _shapes(part, spec)
-        except Exception as e:  # flax and jax raise many types for sizes that do not fit together
-            said = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise InputError(f'{self.folder}: no {part} has these sizes: {spec}: {said}') from e
+        tree = component_shapes(part, self.spec(part), self.folder)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
     def tensors(self, part):
@@ -73,6 +68,15 @@ class Checkpoint:
         """
         tree = weights.bind(self.shapes(part), self.open(part), self.folder / part)
         return weights.place(jax.tree.map(lambda x: x.astype(dtype), tree), sharding)
+
+
+def component_shapes(part, spec, source):
+    """A component's spec -> its parameters as shapes. InputError that names `source` if it cannot be."""
+    try:
+        return _shapes(part, spec)
+    except Exception as e:  # flax and jax raise many types for sizes that do not fit together
+        said = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise InputError(f'{source}: no {part} has these sizes: {spec}: {said}') from e
 
 
 @functools.cache
@@ -123,7 +127,7 @@ def open_folder(folder):
         read(INDEX),
         {k: v for k, v in parts.items() if v},
         read(SCHEDULER),
-        lambda part: open_component(folder, part),
+        lambda part: open_component(folder / part, COMPONENTS[part][0]),
         lambda name='tokenizer': Tokenizer(folder / name),
     )
 
@@ -172,7 +176,10 @@ def open_part(name, part):
     if (folder / INDEX).is_file() or not (folder / 'config.json').is_file():
         return open_model(name)
     config = tensors.read_json(folder / 'config.json')
-    return Checkpoint(folder, {}, {part: config}, {}, lambda _: open_component(folder, ''), None)
+    default = COMPONENTS[part][0]
+    return Checkpoint(
+        folder, {}, {part: config}, {}, lambda _: open_component(folder, default), None
+    )
 
 
 # --- which file of a component's folder holds its weights
@@ -201,9 +208,11 @@ def weights_file(names):
     return None
 
 
-def open_component(folder, part):
-    """A component of a folder -> {checkpoint key: Tensor}. Raises InputError naming the file."""
-    folder = folder / part
+def open_component(folder, default):
+    """A component's folder -> {checkpoint key: Tensor}. Raises InputError naming the file.
+
+    default: the name of the file that is missing, where there is none.
+    """
     if (folder / PARAMS).is_dir():
         from lcm_jax import orbax_io  # a second to import
 
@@ -214,7 +223,7 @@ def open_component(folder, part):
     except InputError as e:
         raise InputError(f'{folder}: {e}') from e
     if name is None:
-        raise InputError(f'no such file: {folder / COMPONENTS[part][0]}')
+        raise InputError(f'no such file: {folder / default}')
     if name.endswith('.json'):
         return open_shards(folder / name)
     return open_file(folder / name)[0]

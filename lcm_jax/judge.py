@@ -68,7 +68,7 @@ class Judge:
     def __init__(self, networks, captions, real, paired):
         """captions [N]; real: Statistics; paired: how many pictures are compared with the reference's."""
         self.networks, self.captions, self.real, self.paired = networks, captions, real, paired
-        self.texts = networks.clip and networks.clip.texts(captions)
+        self.texts = networks.clip and networks.clip.texts(captions, truncate=True)
 
     @property
     def protocol(self):

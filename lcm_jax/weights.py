@@ -21,6 +21,8 @@ RULES = (
     (r'.*/kernel', '.weight', {2: (1, 0), 4: (3, 2, 0, 1)}),  # IO -> OI, HWIO -> OIHW
     (r'.*/(embedding|scale)', '.weight', {1: (0,), 2: (0, 1)}),
     (r'.*/bias', '.bias', {1: (0,)}),
+    (r'.*/running_mean', '.running_mean', {1: (0,)}),
+    (r'.*/running_var', '.running_var', {1: (0,)}),
     (r'[^/]*', '', {1: (0,)}),  # a bare parameter, such as CLIP's class_embedding
 )
 

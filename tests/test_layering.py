@@ -25,17 +25,17 @@ LAYERS = [
     data.sources
     sharding
     weights orbax_io lora samplers plan models.layers
-    models.clip models.unet models.vae
+    models.clip models.unet models.vae models.inception models.lpips
     models.tiny
     models.configs models.shapes models.zoo distill lora_files.dialects conditioning images
-    encode data.pictures
+    encode data.pictures resize
     data.loader
     data.cache_fill data.check data.pairs
     infer lora_files.family lora_files.algebra lora_files.peft_config
     single lora_files.methods lora_files.programs
     lora_files.files lora_files.describe
     checkpoint scheduler families adapters draw
-    request model convert step
+    request model convert step backbones
     pipeline workloads preview feed export features
     lcm_jax train lora_files.verbs judge measure sweep
     evaluate

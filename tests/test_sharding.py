@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from lcm_jax import lora, sharding
 from lcm_jax.errors import InputError
+from lcm_jax.features import open_features, open_lpips
 from lcm_jax.models import shapes
 from lcm_jax.models.zoo import MODELS
 from lcm_jax.tree import named
@@ -94,6 +95,18 @@ def on_batches():
         sharding.local_rows(sharding.batch_sharding(sharding.make_mesh()), 12)
 
 
+def on_features():
+    mesh = sharding.make_mesh(4, 2, 1)
+    x = np.random.default_rng(0).integers(0, 256, (5, 48, 80, 3), dtype=np.uint8)
+    one, many = (open_features('emoji', mesh=m, batch=3) for m in (None, mesh))
+    assert one.identity == many.identity
+    np.testing.assert_allclose(many.images(x), one.images(x), atol=1e-5)
+    captions = ['a red heart', 'x']
+    np.testing.assert_allclose(many.texts(captions), one.texts(captions), atol=1e-5)
+    one, many = (open_lpips('emoji', mesh=m, batch=4) for m in (None, mesh))
+    np.testing.assert_allclose(many.distance(x, x[::-1]), one.distance(x, x[::-1]), atol=1e-5)
+
+
 @pytest.mark.parametrize('name', ['sd15', 'sdxl', 'ssd1b'])
 def test_fsdp_divides_nearly_everything(name):
     """Of base weights and of adapters alike; in full a device would hold all of it."""
@@ -148,3 +161,4 @@ if __name__ == '__main__':
     on_mesh_sizes()
     on_rules()
     on_batches()
+    on_features()

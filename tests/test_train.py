@@ -451,10 +451,10 @@ def test_shipped_models_reach_their_figures():
     samples = emoji('train', ('noto', 'twemoji'))[::26][:110]
     captions = [s.caption for s in samples]
     pipe = Pipeline.load('emoji')
-    from lcm_jax.evaluate import Features
+    from lcm_jax.features import open_features
     from lcm_jax.grid import pixels
 
-    features = Features(pipe)
+    features = open_features('emoji')
     texts = features.texts(captions)
     real = metrics.retrieval(features.images(np.stack([s.picture for s in samples])), texts)
     pipe.add_lora('lcm')

@@ -109,8 +109,16 @@ class ImageEncoder(nn.Module):
 
     spec: VisionSpec
 
-    @nn.compact
     def __call__(self, x):
+        return self._run(x)[0]
+
+    def maps(self, x):
+        """-> what each layer says of the patches, [B,size/patch,size/patch,D] of each."""
+        side = self.spec.size // self.spec.patch
+        return [y[:, 1:].reshape(len(y), side, side, -1) for y in self._run(x)[1]]
+
+    @nn.compact
+    def _run(self, x):
         s = self.spec
         name = 'vision_model.embeddings.'
         x = nn.Conv(
@@ -127,7 +135,9 @@ class ImageEncoder(nn.Module):
         x = jnp.concatenate([first, x], 1)
         x += nn.Embed(x.shape[1], s.width, name=name + 'position_embedding')(jnp.arange(x.shape[1]))
         x = layer_norm(name='vision_model.pre_layrnorm')(x)
+        states = []
         for i in range(s.layers):
             x = Layer(s, False, name=f'vision_model.encoder.layers.{i}')(x)
+            states.append(x)
         x = layer_norm(name='vision_model.post_layernorm')(x[:, 0])
-        return nn.Dense(s.projection, use_bias=False, name='visual_projection')(x)
+        return nn.Dense(s.projection, use_bias=False, name='visual_projection')(x), states

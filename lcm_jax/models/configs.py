@@ -58,6 +58,26 @@ TINY_ONLY = {
     'upsample_fn': ('nearest',),
     'upsampling_scaling_factor': (2,),
 }
+# transformers' sizes of a CLIPModel's towers, where its config.json is silent.
+CLIP_DEFAULTS = {
+    'text_config': {
+        'hidden_size': 512,
+        'intermediate_size': 2048,
+        'num_hidden_layers': 12,
+        'num_attention_heads': 8,
+        'vocab_size': 49408,
+        'max_position_embeddings': 77,
+        'eos_token_id': 49407,
+    },
+    'vision_config': {
+        'hidden_size': 768,
+        'intermediate_size': 3072,
+        'num_hidden_layers': 12,
+        'num_attention_heads': 12,
+        'image_size': 224,
+        'patch_size': 32,
+    },
+}
 CLIP_ONLY = {'hidden_act': tuple(ACTIVATIONS), 'layer_norm_eps': (1e-5,), 'num_channels': (3,)}
 
 
@@ -333,3 +353,20 @@ def vision_config(spec):
         'image_size': spec.size,
         'patch_size': spec.patch,
     }
+
+
+def clip_specs(config, source='config.json'):
+    """config.json of a `CLIPModel` -> TextSpec, VisionSpec."""
+    config = Config(config, {'model_type': ('clip',)}, source)
+
+    def tower(key):
+        where = f'{source}: {key}'
+        # Files of before 2023 say the same twice; transformers believes the second.
+        said = (config[key], config.get(f'{key}_dict') or {})
+        first, second = (Config(x, {}, where) for x in said)
+        projection = {'projection_dim': config.get('projection_dim', 512)}
+        return CLIP_DEFAULTS[key] | first | second | projection, where
+
+    text, where = tower('text_config')
+    text['architectures'] = ['CLIPTextModelWithProjection']
+    return text_spec(text, where), vision_spec(*tower('vision_config'))

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lcm_jax.models.clip import ImageEncoder, TextEncoder
+from lcm_jax.models.inception import SIZE, Inception
+from lcm_jax.models.lpips import Trunk
 from lcm_jax.models.tiny import autoencoder
 from lcm_jax.models.unet import UNet
 
@@ -73,3 +75,21 @@ def vision_shapes(spec, dtype=jnp.float32):
     pictures = _floats(1, spec.size, spec.size, 3)
     tree = abstract(ImageEncoder(dataclasses.replace(spec, layers=1)), pictures, dtype=dtype)
     return _repeated(tree, 'vision_model.encoder.layers.', spec.layers)
+
+
+def inception_shapes(dtype=jnp.float32):
+    """-> the parameter tree of `Inception()`."""
+    return abstract(Inception(), _floats(1, SIZE, SIZE, 3), dtype=dtype)
+
+
+def trunk_shapes(spec, dtype=jnp.float32):
+    """TrunkSpec -> the parameter tree of `Trunk(spec)`."""
+    return abstract(Trunk(spec), _floats(1, spec.least, spec.least, 3), dtype=dtype)
+
+
+def head_shapes(spec, dtype=jnp.float32):
+    """TrunkSpec -> the tree of LPIPS' heads, one 1x1 convolution to one channel for each stage."""
+    return {
+        f'lin{i}.model.1': {'kernel': jax.ShapeDtypeStruct((1, 1, width, 1), dtype)}
+        for i, width in enumerate(spec.widths)
+    }
