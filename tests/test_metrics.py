@@ -42,9 +42,7 @@ def test_frechet_with_fewer_rows_than_features():
 def test_statistics_add_up_in_any_order():
     rng = np.random.default_rng()
     x = 100 + rng.normal(size=(500, 6))  # far from zero: plain sums of squares would lose digits
-    parts = [
-        Statistics.of('f', x[some], some) for some in np.array_split(rng.permutation(500), 7)
-    ]
+    parts = [Statistics.of('f', x[some], some) for some in np.array_split(rng.permutation(500), 7)]
     whole = parts[0]
     for part in parts[1:]:
         whole = whole.merge(part)

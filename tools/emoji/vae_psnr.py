@@ -1,6 +1,6 @@
-"""The VAE's figure of the emoji model card; the others are `lcm-jax evaluate --config configs/eval_emoji.py`'s.
+"""How well the emoji VAE reconstructs the held-out pictures.
 
-    python tools/emoji/figures.py
+python tools/emoji/vae_psnr.py
 """
 
 import jax
