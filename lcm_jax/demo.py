@@ -25,11 +25,12 @@ def demo(out, steps=400):
     print(f'    took {time.perf_counter() - start:.0f} s')
 
     print('2/2 drawing and measuring')
-    evaluate.run(evaluation(file, steps), out / 'eval')
-    report = (out / 'eval' / 'report.md').read_text()
+    evaluate.run(evaluation(file, steps), out)
+    report = (out / 'report.md').read_text()
     print(
         f'\n{report}\nwritten to {out}:\n'
-        '  eval/                   this report, plots, and the drawings side by side\n'
+        '  report.md               this report\n'
+        '  grid-*.png              the drawings, side by side; quality-*.png: plots\n'
         '  lcm_lora.safetensors    the LoRA, for diffusers, ComfyUI and A1111\n'
         f'  train/                  checkpoints and logs (tensorboard --logdir {out / "train"})\n\n'
         f'next: lcm-jax sample "a red heart, noto emoji" --lora {file} --steps 4 --count 4 --out hearts.png'

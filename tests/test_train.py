@@ -19,6 +19,8 @@ from lcm_jax import demo, feed, metrics, sharding, step, train
 from lcm_jax.data.emoji import emoji
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
+from lcm_jax.features import open_features
+from lcm_jax.grid import pixels
 from lcm_jax.lora import delta
 from lcm_jax.lora_files.files import read_lora
 from lcm_jax.model import describe
@@ -435,12 +437,20 @@ def test_a_part_of_the_unet_is_trained(model, tmp_path):
 
 
 def test_demo_writes_everything(monkeypatch, tmp_path, capsys):
-    ways = demo.ways
-    monkeypatch.setattr(demo, 'ways', lambda *pipes: ways(*pipes)[-2:])
+    monkeypatch.setattr(demo, 'COUNT', 16)
+    evaluation = demo.evaluation
+
+    def short(*args):
+        config = evaluation(*args)
+        config.ways = ({'label': 'teacher', 'sampler': 'ddim', 'steps': 2}, config.ways[-1])
+        config.real = 'emoji-heldout:noto'
+        return config
+
+    monkeypatch.setattr(demo, 'evaluation', short)
     demo.demo(tmp_path, steps=2)
-    assert (tmp_path / 'grid.png').stat().st_size > 20_000
+    assert (tmp_path / 'grid-training-captions.png').stat().st_size > 20_000
     report = (tmp_path / 'report.md').read_text()
-    assert 'shipped LCM-LoRA 4' in report and 'real pictures' in report
+    assert 'shipped LCM-LoRA' in report and 'real pictures' in report
     assert list((tmp_path / 'train').glob('events*'))
     said = capsys.readouterr().out
     assert 'lcm-jax sample' in said and str(tmp_path / 'lcm_lora.safetensors') in said
@@ -449,15 +459,15 @@ def test_demo_writes_everything(monkeypatch, tmp_path, capsys):
 def test_shipped_models_reach_their_figures():
     """The floor under the model card's figures, on fewer pictures: a broken weight file cannot pass."""
     samples = emoji('train', ('noto', 'twemoji'))[::26][:110]
-    captions = [s.caption for s in samples]
-    pipe = Pipeline.load('emoji')
-    from lcm_jax.features import open_features
-    from lcm_jax.grid import pixels
-
+    captions, numbers = [s.caption for s in samples], np.arange(110)
     features = open_features('emoji')
     texts = features.texts(captions)
-    real = metrics.retrieval(features.images(np.stack([s.picture for s in samples])), texts)
+
+    def found(pictures):
+        return metrics.found(features.images(pictures), texts, numbers).mean()
+
+    real = found(np.stack([s.picture for s in samples]))
+    pipe = Pipeline.load('emoji')
     pipe.add_lora('lcm')
-    drawn = metrics.retrieval(features.images(pixels(pipe(captions, steps=4))), texts)
     assert real > 0.8
-    assert drawn > 0.6 * real
+    assert found(pixels(pipe(captions, steps=4))) > 0.6 * real
