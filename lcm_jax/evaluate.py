@@ -173,6 +173,9 @@ def run(config, workdir):
         'reference', config.reference, {cell.label: cell for cell in cells}
     )
     cells.sort(key=lambda cell: cell != reference)  # it comes first
+    twice = {c.name for c in cells if [slug(d.name) for d in cells].count(slug(c.name)) > 1}
+    if twice:
+        raise InputError(f'two ways would be called {min(twice)!r}; give each a label of its own')
     features = open_features(config.features, mesh=artist.mesh)
     networks = judge.Networks(
         features,
@@ -222,7 +225,9 @@ class Bench:
         made, stem = self.made_of(cell), self.folder / slug(cell.name)
         row = known(stem.with_name(f'{stem.name}.json'), made)
         kept = stem.with_name(f'{stem.name}-{self.process}of{self.processes}.npz')
-        if row is None or (is_reference and not kept.is_file()):
+        lacks = row is None or (is_reference and not kept.is_file())
+        lacks |= bool(made['prompts']) and not stem.with_name(f'{stem.name}.png').is_file()
+        if any(sharding.gathered(b'1' if lacks else b'')):  # all draw, or none
             row = self.measured(cell, made, stem, kept if is_reference else None)
         if is_reference:
             with np.load(kept) as found:

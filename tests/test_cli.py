@@ -45,7 +45,7 @@ def refused(result, said, folder=Path('.')):
 def test_help_names_every_verb_and_imports_little():
     command = [sys.executable, '-X', 'importtime', '-m', 'lcm_jax.cli', '--help']
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    for verb in ('demo', 'train', 'sample', 'convert', 'lora'):
+    for verb in ('demo', 'train', 'sample', 'convert', 'lora', 'evaluate', 'measure', 'sweep'):
         assert re.search(rf'^    {verb} ', done.stdout, re.M)
     imported = set(re.findall(r'\| +(\w[\w.]*)$', done.stderr, re.M))
     assert not imported & {'flax', 'orbax', 'orbax.checkpoint', 'transformers', 'optax'}
@@ -55,7 +55,7 @@ def test_help_names_every_verb_and_imports_little():
     'verb',
     [
         *('demo', 'train', 'sample', 'convert', 'lora', 'lora inspect', 'lora check'),
-        *('lora convert', 'lora merge', 'lora extract'),
+        *('lora convert', 'lora merge', 'lora extract', 'evaluate', 'measure', 'sweep'),
     ],
 )
 def test_every_verb_has_help(run, verb):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -145,6 +147,10 @@ def test_cells_are_measured_once_and_again_if_anything_changed(model, tmp_path, 
         ({'label': 'a'}, 'a row of ways lacks sampler'),
         ({'label': 'a', 'sampler': 'dimm'}, "unknown sampler 'dimm'"),
         ({'label': 'a', 'sampler': 'ddim', 'lora': 'lmc:1'}, 'lmc'),
+        (
+            {'label': 'First', 'sampler': 'dpm', 'steps': 1},
+            "two ways would be called 'First, 1 step'",
+        ),
     ],
 )
 def test_ways_that_cannot_be_are_refused_before_anything_is_drawn(
@@ -183,6 +189,59 @@ def test_statistics_of_two_processes_are_those_of_one():
             )
     assert parts[0].statistics.n == 300
     np.testing.assert_allclose(parts[0].sums['clip'], whole.sums['clip'], rtol=1e-5)
+
+
+CONFIG = """
+import runpy
+def get_config():
+    c = runpy.run_path({default!r})['get_config']()
+    c.model, c.real, c.reference = {model!r}, 'emoji-heldout:noto', 'teacher'
+    c.ways = (
+        {{'label': 'few', 'sampler': 'lcm', 'steps': 2}},
+        {{'label': 'teacher', 'sampler': 'ddim', 'steps': 3, 'guidance': 3.0}},
+    )
+    c.sets = (('some', 'emoji-heldout:noto'),)
+    c.resolution, c.count, c.paired, c.batch = 16, 26, 17, 4
+    return c
+"""
+
+
+def test_two_processes_of_two_devices_measure_what_one_does(model, tmp_path):
+    """The last batch is not full, and one process has one batch more than the other."""
+    file = tmp_path / 'config.py'
+    file.write_text(CONFIG.format(default=str(runs.CONFIGS / 'eval.py'), model=str(model)))
+    one = evaluate.run(parse([f'--config={file}', '--workdir=.'])[0], tmp_path / 'one')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu',
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+        'PYTHONPATH': os.pathsep.join([str(runs.ROOT), *sys.path]),
+    }
+    command = [sys.executable, '-m', 'lcm_jax.evaluate', f'--config={file}']
+    command += [f'--workdir={tmp_path / "two"}', f'--coordinator=127.0.0.1:{port}', '--processes=2']
+    both = [
+        subprocess.Popen(
+            [*command, f'--process={i}'],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [p.communicate(timeout=300)[0] for p in both]
+    finally:
+        for p in both:
+            p.kill()
+    assert [p.returncode for p in both] == [0, 0], '\n'.join(said)
+    two = json.loads((tmp_path / 'two' / 'results.json').read_text())
+    for a, b in zip(one['sets'][0]['rows'], two['sets'][0]['rows'], strict=True):
+        assert a['n'] == b['n'] and a['label'] == b['label']
+        for key in ('fid', 'kid', 'clip', 'psnr', 'lpips'):
+            assert b.get(key) == pytest.approx(a.get(key), rel=1e-4, abs=1e-6), key
 
 
 @pytest.mark.parametrize(
