@@ -13,8 +13,9 @@ def get_config():
     c.data.source = 'emoji:fluent'
     c.data.validation = 'emoji-heldout:fluent'
     c.data.cache = True
-    c.lora.rank = 32
-    c.train.steps = 1000
+    c.distill.min_snr = 5.0
+    c.train.steps = 1200
+    c.train.batch = 32
     c.train.lr = 1e-3
     c.train.decay = True
     c.train.caption_dropout = 0.1
@@ -28,5 +29,4 @@ def get_config():
     c.preview.sampler = 'dpm++'
     c.preview.steps = 25
     c.preview.guidance = 4.0
-    c.export.name = 'fluent'
     return c

@@ -14,10 +14,10 @@ def get_config():
     c.reference = ''  # label of the way, with one number of steps, whose pictures all others are
     # compared with one by one, from the same noise; empty: none
 
-    c.sets = ()  # rows (name, source whose captions are drawn)
+    c.sets = ()  # rows (name, source whose captions are drawn, how many pictures of each cell; 0: one
+    # of each caption; more than there are: several of each)
     c.real = ''  # source of the real pictures that FID and KID are taken to
     c.resolution = 64  # px, that real pictures are resized and cut to (from the middle)
-    c.count = 1024  # pictures of each set and cell; 0: one of each caption
     c.paired = 512  # first of them that are compared with the reference's
     c.seed = 0  # of the captions' choice and the noise
     c.batch = 64  # pictures drawn at a time, by each process

@@ -21,8 +21,8 @@ def get_config():
         {'label': 'LCM-LoRA', 'sampler': 'lcm', 'lora': 'lcm'},
     )
     c.sets = (
-        ('training captions', 'emoji:noto,twemoji'),
-        ('held-out captions', 'emoji-heldout:noto,twemoji'),
+        ('training captions', 'emoji:noto,twemoji', 1024),
+        ('held-out captions', 'emoji-heldout:noto,twemoji', 306),
     )
     c.real = 'emoji:noto,twemoji'
     c.prompts = (

@@ -49,7 +49,7 @@ def get_config():
             'lora': 'fluent:1.0 + lcm:1.0',
         },
     )
-    c.sets = (('Fluent captions', 'emoji:fluent'),)
+    c.sets = (('Fluent captions', 'emoji:fluent', 512),)
     c.real = 'emoji:fluent'
     c.prompts = (
         'red heart, emotion, heart, love, red, fluent 3d emoji',

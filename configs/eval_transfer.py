@@ -20,7 +20,7 @@ def get_config():
         {'label': 'DPM-Solver++', 'sampler': 'dpm++', 'guidance': 4.0},
         {'label': "base's LCM-LoRA", 'sampler': 'lcm', 'lora': 'lcm'},
     )
-    c.sets = (('Fluent captions', 'emoji:fluent'),)
+    c.sets = (('Fluent captions', 'emoji:fluent', 512),)
     c.real = 'emoji:fluent'
     c.prompts = (
         'red heart, emotion, heart, love, red, fluent 3d emoji',

@@ -12,7 +12,10 @@ from lcm_jax.errors import InputError, nearest
 from lcm_jax.lora_files.files import read_lora
 from lcm_jax.tree import map_named
 
-LORAS = {'lcm': EMOJI / 'lcm_lora.safetensors'}  # shipped
+LORAS = {  # shipped
+    'lcm': EMOJI / 'lcm_lora.safetensors',
+    'fluent': EMOJI / 'fluent_lora.safetensors',
+}
 
 
 class Adapter(NamedTuple):

@@ -52,11 +52,11 @@ def training(steps):
 
 def evaluation(file, steps):
     """configs/eval_emoji.py in a short form, with the LoRA in the file."""
-    settings = [f'--config.count={COUNT}', f'--config.paired={COUNT}', '--config.batch=16']
+    settings = [f'--config.paired={COUNT}', '--config.batch=16']
     config = parse([f'--config={CONFIGS / "eval_emoji.py"}', '--workdir=.', *settings])[0]
     fresh = {'label': 'LCM-LoRA', 'sampler': 'lcm', 'lora': str(file)}
     config.title = f'What {steps} steps of distillation gave'
-    config.sets = config.sets[:1]
+    config.sets = (('training captions', 'emoji:noto,twemoji', COUNT),)
     config.ways = (
         *(way for way in config.ways if way['label'] in ('teacher', 'DDIM', 'DPM-Solver++')),
         fresh,

@@ -60,7 +60,7 @@ def add(verb):
         action='extend',
         default=[],
         metavar='KEY=VALUE',
-        help='keys of configs/eval.py, e.g. count=256',
+        help='keys of configs/eval.py, e.g. seed=1',
     )
 
     p = verb(measure, 'measure', 'FID and KID of two sets of pictures')

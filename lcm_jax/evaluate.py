@@ -184,8 +184,8 @@ def run(config, workdir):
     )
     real = statistics_of(features, *opened(config, config.real))
     results = []
-    for name, source in config.sets:
-        captions, own = captions_of(config, source)
+    for name, source, count in config.sets:
+        captions, own = captions_of(config, source, count)
         judging = judge.Judge(networks, captions, real, config.paired)
         bench = Bench(artist, judging, source, workdir / 'cells' / slug(name))
         rows = [judging.real_row(own)]
@@ -292,10 +292,10 @@ def opened(config, name):
     return source, settings, np.arange(len(source))
 
 
-def captions_of(config, name):
+def captions_of(config, name, count):
     """-> captions [N] to draw, and a function that reads their own pictures."""
     source, settings, _ = opened(config, name)
-    ids = picked(source, config.count, config.seed)
+    ids = picked(source, count, config.seed)
     unique = np.unique(ids)
     said = {i: caption for i, _, caption in pairs(source, settings, unique)}
     captions = [said[i] for i in ids.tolist() if i in said]

@@ -33,8 +33,8 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
 
 
-def config(model, **changes):
-    settings = {'resolution': 16, 'count': 24, 'paired': 9, 'batch': 8} | changes
+def config(model, count=24, **changes):
+    settings = {'resolution': 16, 'paired': 9, 'batch': 8} | changes
     c = parse(
         [
             f'--config={runs.CONFIGS / "eval.py"}',
@@ -47,7 +47,7 @@ def config(model, **changes):
         {'label': 'few', 'sampler': 'ddim', 'steps': (1, 2), 'guidance': (1.0, 3.0)},
         {'label': 'teacher', 'sampler': 'ddim', 'steps': 3, 'guidance': 3.0},
     )
-    c.sets = (('some', 'emoji-heldout:noto'),)
+    c.sets = (('some', 'emoji-heldout:noto', count),)
     c.prompts = ('a cat', 'a dog')
     return c
 
@@ -78,7 +78,7 @@ def test_numbers_are_those_of_the_pictures(model, done, tmp_path):
     source = open_source(
         'emoji-heldout:noto', settings := DataSettings(resolution=16, crop='center')
     )
-    ids = picked(source, c.count, c.seed)
+    ids = picked(source, 24, c.seed)
     captions = [caption for _, _, caption in pairs(source, settings, ids)]
     pipe = Pipeline.load(model)
     drawn, theirs = (
@@ -200,8 +200,8 @@ def get_config():
         {{'label': 'few', 'sampler': 'lcm', 'steps': 2}},
         {{'label': 'teacher', 'sampler': 'ddim', 'steps': 3, 'guidance': 3.0}},
     )
-    c.sets = (('some', 'emoji-heldout:noto'),)
-    c.resolution, c.count, c.paired, c.batch = 16, 26, 17, 4
+    c.sets = (('some', 'emoji-heldout:noto', 26),)
+    c.resolution, c.paired, c.batch = 16, 17, 4
     return c
 """
 
@@ -323,7 +323,7 @@ def test_every_key_is_read(model, tmp_path):
 
 
 def test_results_without_networks_for_captions(model, tmp_path):
-    c = config(model, clip='', lpips='', count=8)
+    c = config(model, 8, clip='', lpips='')
     c.ways = c.ways[1:]
     rows = evaluate.run(c, tmp_path)['sets'][0]['rows']
     assert 'clip' not in rows[1] and 'lpips' not in rows[1]

@@ -86,9 +86,9 @@ def main():
     loras = dict(pair for rows in groups.values() for pair in rows.values())
     ways = [{'label': 'teacher', 'sampler': 'ddim', 'steps': 50, 'guidance': 4.0}]
     ways += [{'label': k, 'sampler': 'lcm', 'lora': str(file)} for k, file in loras.items()]
-    settings = [f'--config.count={args.count}', f'--config.paired={args.count}']
-    config = parse([f'--config={CONFIGS / "eval_emoji.py"}', '--workdir=.', *settings])[0]
-    config.ways, config.sets = tuple(ways), config.sets[:1]
+    config = parse([f'--config={CONFIGS / "eval_emoji.py"}', '--workdir=.'])[0]
+    config.ways = tuple(ways)
+    config.sets = (('training captions', 'emoji:noto,twemoji', args.count),)
     rows = evaluate.run(config, Path(args.workdir) / 'eval')['sets'][0]['rows']
     found = {(r['label'], r['steps']): r for r in rows}
     lines = []
