@@ -56,7 +56,7 @@ def test_configs_override_five_to_fifteen_keys(name):
     default, own = leaves('default'), leaves(name)
     changed = [key for key in own if own[key] != default[key]]
     written = (runs.CONFIGS / f'{name}.py').read_text().count('\n    c.')
-    assert own.keys() == default.keys() and 5 <= len(changed) and written <= 15, changed
+    assert own.keys() == default.keys() and len(changed) >= 5 and written <= 15, changed
 
 
 def test_every_key_is_commented_where_it_is_defined():
