@@ -15,7 +15,8 @@ from lcm_jax.loop import Stopped
 from lcm_jax.orbax_io import fault
 from lcm_jax.peers import meet
 
-# Keys of a config that may change when a run goes on; all others make it another run.
+# Keys of a config that may change when a run goes on; all others make it another run. So does
+# train.steps with train.decay, as the rates depend on it.
 MAY_CHANGE = (
     *('mesh', 'preview', 'export', 'data.threads', 'data.workers', 'data.max_dropped'),
     *('train.steps', 'train.log_every', 'train.save_every', 'train.keep', 'train.best'),
@@ -125,14 +126,17 @@ class Saves:
         now = self.recipe
 
         def fixed(key):
+            if key == 'train.steps' and now.get('train.decay'):
+                return True
             return not any(key == name or key.startswith(name + '.') for name in MAY_CHANGE)
 
         keys = [k for k in {**now, **before} if fixed(k) and now.get(k) != before.get(k)]
         if keys:
+            why = ', from which train.decay takes the rates' if keys == ['train.steps'] else ''
             raise InputError(
                 f'{self.folder.parent} holds a run with '
                 + ', '.join(f'{k} = {before.get(k)!r} (now {now.get(k)!r})' for k in keys[:3])
-                + '; go on with its settings, or give another workdir'
+                + f'{why}; go on with its settings, or give another workdir'
             )
 
     def save(self, step, state, metrics):

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged; without training."""
+"""Checkpoints that are damaged, and runs that go on with other settings; without training."""
 
 import re
 import shutil
@@ -127,3 +127,24 @@ def test_an_array_that_cannot_be_read_is_an_error(folder):
         file.write_bytes(bytes(file.stat().st_size))
     with pytest.raises(InputError, match='checkpoints/2 cannot be restored'):
         restored(folder)
+
+
+def test_with_decay_the_number_of_steps_stays(tmp_path):
+    folder = tmp_path / 'checkpoints'
+    with saves(folder, decay=True) as kept:
+        kept.save(1, state(1), {})
+    assert restored(folder, decay=True) == 1
+    for steps in (2, 4):
+        with pytest.raises(
+            InputError,
+            match=rf'holds a run with train\.steps = 3 \(now {steps}\), from which train\.decay '
+            'takes the rates; go on with its settings, or give another workdir',
+        ):
+            restored(folder, decay=True, steps=steps)
+    with pytest.raises(InputError, match=r'train\.decay = True \(now False\)'):
+        restored(folder, steps=4)
+
+
+def test_without_decay_it_may_change(folder):
+    for steps in (2, 4):
+        assert restored(folder, steps=steps) == 2
