@@ -1,5 +1,6 @@
 """Parameter trees as orbax checkpoints, written and read a few arrays at a time."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from lcm_jax.errors import InputError
 from lcm_jax.tensors import Tensor, finite
 
 BATCH = 2**27  # bytes read and written together: every write waits for the disk
+COMMITTED = 'commit_success.txt'  # the last file of a checkpoint, and of each of its parts
 
 
 class _Streaming(type_handlers.NumpyHandler):
@@ -73,3 +75,52 @@ def open_tree(folder):
         return Tensor(f'{folder}: {name}', tuple(x.shape), np.dtype(x.dtype), read)
 
     return jax.tree_util.tree_map_with_path(tensor, tree)
+
+
+def fault(folder, trees=(), records=()):
+    """What a checkpoint of several parts lacks -> text, or None if all is there that orbax wrote.
+
+    folder: of the checkpoint; trees, records: names of its parts that hold arrays and JSON. Looked at
+    are the markers of the commits, the metadata, and the files that the arrays lie in, but not the
+    arrays: bytes that changed in one are not noticed, as orbax keeps no sums of them.
+    """
+    described = '_CHECKPOINT_METADATA', *(f'{part}/metadata' for part in records)
+    described += tuple(f'{tree}/_METADATA' for tree in trees)
+    marked = (f'{part}/{COMMITTED}' for part in (*trees, *records))
+    for name in (COMMITTED, *marked, *described):
+        if not (folder / name).is_file():
+            return f'{name} is missing'
+    for name in (*described, *(f'{tree}/array_metadatas/*' for tree in trees), 'metrics/metrics'):
+        for file in folder.glob(name):
+            try:
+                json.loads(file.read_bytes())
+            except ValueError:
+                return f'{file.relative_to(folder)} is not JSON'
+    for tree in trees:
+        try:
+            sizes = _array_files(folder / tree)
+        except (
+            ValueError
+        ) as e:  # tensorstore's, of indices that are missing or do not match their sum
+            return f'the index of {tree}: {str(e).splitlines()[0]}'
+        for name, size in sizes.items():
+            file = folder / tree / name
+            have = file.stat().st_size if file.is_file() else 0
+            if have < size:
+                return f'{tree}/{name} has {have} bytes of {size}'
+    return None
+
+
+def _array_files(folder):
+    """The files of a tree's arrays, from its index -> {path in the folder: bytes that it has at least}."""
+    store = ts.KvStore.open({'driver': 'file', 'path': f'{folder}/'}).result()
+    root = ts.ocdbt.dump(store).result()['versions'][-1]['root']
+    nodes, sizes = [root['location']], {}
+    for node in nodes:  # which grows: a large tree's nodes name others
+        for entry in ts.ocdbt.dump(store, node).result()['entries']:
+            if 'location' in entry:
+                nodes.append(entry['location'])
+            elif 'indirect_value' in entry:  # others hold their value
+                _, base, file, offset, size = entry['indirect_value'].split(':')
+                sizes[base + file] = max(sizes.get(base + file, 0), int(offset) + int(size))
+    return sizes

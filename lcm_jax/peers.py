@@ -1,7 +1,9 @@
 """What the processes of one run tell each other when one of them fails: none waits for it for ever."""
 
+import ctypes
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -35,6 +37,15 @@ def meet(name, hours=2):
         store().wait_at_barrier(f'lcm_jax/{name}', int(hours * 3_600_000))
 
 
+def on_abort(handler):
+    """Set the C function that SIGABRT calls, or None for none. signal.signal has no use here: what it
+    sets runs once native code has returned to Python, which abort() never does.
+    """
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.argtypes, set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    set_handler(signal.SIGABRT, handler and ctypes.cast(handler, ctypes.c_void_p))
+
+
 class Peers:
     """While entered in each of several processes, an exception in one ends all, with status 1.
 
@@ -44,12 +55,15 @@ class Peers:
 
     def __init__(self, expected=()):
         self.expected, self.left, self.heard = expected, threading.Event(), {}
+        self.last_word = threading.Lock()  # of those who find that the run is over, one says so
+        self.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self.aborted)
 
     def __enter__(self):
         self.store, self.me = store(), jax.process_index()
         if self.store:
             now = time.monotonic()
             self.heard = {str(i): (None, now) for i in range(jax.process_count()) if i != self.me}
+            on_abort(self.handler)
             threading.Thread(target=self.watch, daemon=True).start()
         return self
 
@@ -58,6 +72,7 @@ class Peers:
         if not self.store:
             return
         if error is None or isinstance(error, self.expected):
+            on_abort(None)
             return self.store.key_value_set(f'{ALIVE}/{self.me}', DONE, allow_overwrite=True)
         if isinstance(error, InputError):
             said = f'error: {error}'
@@ -101,7 +116,17 @@ class Peers:
 
     def end(self, said):
         """Say so and end at once: a thread that waits for other processes cannot be woken."""
-        print(f'\n{said}', file=sys.stderr, flush=True)
+        if self.last_word.acquire(blocking=False):
+            print(f'\n{said}', file=sys.stderr, flush=True)
         sys.stdout.flush()
         time.sleep(EVERY if self.me else 3 * EVERY)  # the store outlives those that ask it
+        os._exit(1)
+
+    def aborted(self, _):
+        """`end` where JAX's native code ends this process: the moment that process 0 is gone, which
+        runs the coordination service. It prints a page, and jaxlib 0.10 fails to call a callback.
+        """
+        if self.last_word.acquire(blocking=False):
+            said = f'\nerror: another process is gone, of which JAX says more above; {AGAIN}\n'
+            os.write(sys.__stderr__.fileno(), said.encode())
         os._exit(1)

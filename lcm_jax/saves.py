@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -9,9 +10,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from lcm_jax.errors import InputError
+from lcm_jax.logs import say
 from lcm_jax.loop import Stopped
+from lcm_jax.orbax_io import fault
+from lcm_jax.peers import meet
 
-# Keys of a config that may change when a run goes on; all others make it another run.
+# Keys of a config that may change when a run goes on; all others make it another run. So does
+# train.steps with train.decay, as the rates depend on it.
 MAY_CHANGE = (
     *('mesh', 'preview', 'export', 'data.threads', 'data.workers', 'data.max_dropped'),
     *('train.steps', 'train.log_every', 'train.save_every', 'train.keep', 'train.best'),
@@ -34,15 +39,36 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def set_aside(folder):
+    """Rename the damaged checkpoints in a folder to STEP.damaged-TIME, and say so of each.
+
+    Raises InputError, and renames none, if no other is left: a run would start anew beside it.
+    """
+    steps = sorted((p for p in folder.glob('*') if p.name.isdigit()), key=lambda p: int(p.name))
+    faults = {step: fault(step, trees=('state',), records=('recipe',)) for step in steps}
+    damaged = [step for step in steps if faults[step]]
+    if damaged and damaged == steps:
+        raise InputError(
+            f'{steps[-1]} cannot be restored: {faults[steps[-1]]}; there is no older checkpoint to go '
+            'on from: to start from the beginning, take it away'
+        )
+    for step in damaged:
+        aside = step.rename(f'{step}.damaged-{time.time_ns()}')
+        say(f'{step} is damaged: {faults[step]}; it is left out, as {aside.name}')
+
+
 class Saves:
     """The checkpoints in a folder: the newest `keep`, and the best by the metric `best`, if any.
 
     recipe: the run's config, {'train.lr': value, ...}, kept beside the state. Every process calls
-    `save`. Raises InputError when what is there is of another recipe.
+    `save`. Raises InputError when what is there is of another recipe, or all of it damaged.
     """
 
     def __init__(self, folder, recipe, *, keep=2, best=''):
         self.folder, self.recipe, self.metric = Path(folder).resolve(), flat(recipe), best
+        if jax.process_index() == 0:
+            set_aside(self.folder)
+        meet('checkpoints')  # the others look after that
         policies = [keep_policy.LatestN(keep)]
         if best:
             policies.append(
@@ -97,16 +123,20 @@ class Saves:
             raise InputError(f'{self.folder / str(step)} cannot be restored: {said}') from e
 
     def _same(self, before):
+        now = self.recipe
+
         def fixed(key):
+            if key == 'train.steps' and now.get('train.decay'):
+                return True
             return not any(key == name or key.startswith(name + '.') for name in MAY_CHANGE)
 
-        now = self.recipe
         keys = [k for k in {**now, **before} if fixed(k) and now.get(k) != before.get(k)]
         if keys:
+            why = ', from which train.decay takes the rates' if keys == ['train.steps'] else ''
             raise InputError(
                 f'{self.folder.parent} holds a run with '
                 + ', '.join(f'{k} = {before.get(k)!r} (now {now.get(k)!r})' for k in keys[:3])
-                + '; go on with its settings, or give another workdir'
+                + f'{why}; go on with its settings, or give another workdir'
             )
 
     def save(self, step, state, metrics):

@@ -15,8 +15,8 @@ LAYERS = [
     for line in """
     errors original aot
     tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics
-    grid stop loop peers flags models.flash
-    data.files logs saves report models.attention
+    grid stop loop peers flags logs orbax_io models.flash
+    data.files saves report models.attention
     data.tars
     data.emoji data.folders
     data.emoji_tfds
@@ -24,7 +24,7 @@ LAYERS = [
     data.cache
     data.sources
     sharding
-    weights orbax_io lora samplers plan models.layers
+    weights lora samplers plan models.layers
     models.clip models.unet models.vae models.inception models.lpips
     models.tiny
     models.configs models.shapes models.zoo distill lora_files.dialects conditioning images

@@ -294,7 +294,10 @@ def test_another_recipe_is_refused_and_a_longer_run_goes_on(model, tmp_path):
 
 
 def test_an_unfinished_checkpoint_is_never_picked(model, tmp_path, capsys):
-    """Steps 2 and 4 are saved; 4 looks as it does when the process was killed while it wrote."""
+    """Steps 2 and 4 are saved; 4 looks as it does when the process was killed while it wrote.
+
+    Then 6 lacks the mark of its commit, as a copy does that was broken off.
+    """
     folder, whole = tmp_path / 'run' / 'checkpoints', tmp_path / 'whole'
     runs.run(model, whole, train__steps=6)
     runs.run(model, tmp_path / 'run', train__steps=4)
@@ -305,6 +308,12 @@ def test_an_unfinished_checkpoint_is_never_picked(model, tmp_path, capsys):
     runs.same(runs.state(whole), runs.state(tmp_path / 'run'))
     assert sorted(runs.losses(tmp_path / 'run')) == [1, 2, 3, 4, 5, 6]
     assert not runs.checkpoints(tmp_path / 'run')[1]
+    (folder / '6' / 'commit_success.txt').unlink()
+    runs.run(model, tmp_path / 'run', train__steps=6)
+    said = capsys.readouterr().out
+    assert 'checkpoints/6 is damaged' in said and 'going on from step 4 ' in said
+    runs.same(runs.state(whole), runs.state(tmp_path / 'run'))
+    assert runs.losses(whole) == runs.losses(tmp_path / 'run')
 
 
 def test_a_damaged_checkpoint_is_named(model, tmp_path):

@@ -73,16 +73,25 @@ def test_sigterm_saves_and_ends_with_143(model, whole, tmp_path):
 def test_one_of_two_processes_is_killed_or_stopped(model, tmp_path):
     """The other one ends too, and says why; both go on from the last checkpoint."""
     run, whole, settings = tmp_path / 'run', tmp_path / 'whole', LONG | {'train.steps': 100_000}
-    processes = runs.start_several(model, run, settings, devices=1, lost=5.0)
-    assert runs.until(lambda: runs.checkpoints(run)[0], *processes)
-    processes[1].send_signal(signal.SIGKILL)
-    assert processes[1].wait() == -signal.SIGKILL
-    (said,) = runs.finish(processes[0], timeout=50, status=1)
-    assert re.search('error: (no sign of process 1 for 5 s|another process is gone)', said)
-    assert 'start all processes again' in said and 'Traceback' not in said
+    for victim, other in ((1, 0), (0, 1)):  # process 0 runs the service by which they meet
+        before = runs.checkpoints(run)[0]
+        processes = runs.start_several(model, run, settings, devices=1, lost=5.0)
+        read = len(processes[other].log.read_text())
+        assert runs.until(lambda before=before: runs.checkpoints(run)[0] != before, *processes)
+        processes[victim].send_signal(signal.SIGKILL)
+        assert processes[victim].wait() == -signal.SIGKILL
+        said = runs.finish(processes[other], timeout=50, status=1)[0][read:]
+        assert re.findall('error: .*', said) == [said.strip().splitlines()[-1]]
+        silent = f'no sign of process {victim} for 5 s'
+        assert re.search(f'error: ({silent}|another process is gone|process 0 is gone)', said)
+        assert 'start all processes again' in said and 'Traceback' not in said
 
+    def resumed():
+        return processes[0].log.read_text().count('going on from')
+
+    before = resumed()
     processes = runs.start_several(model, run, settings, devices=1)
-    assert runs.until(lambda: 'going on from' in processes[0].log.read_text(), *processes)
+    assert runs.until(lambda: resumed() > before, *processes)
     processes[1].send_signal(signal.SIGTERM)  # a few seconds until they agree on a step
     said = runs.finish(*processes, status=143)
     assert 'stopped by SIGTERM' in said[0] and 'Traceback' not in said[1]

@@ -66,7 +66,10 @@ def has_reported(workdir, before):
 
 
 def kills(model, out, n=10, processes=1, devices=1):
-    """SIGKILL a run n times, every other one while a checkpoint is being written; then let it end."""
+    """SIGKILL a run n times, every other one while a checkpoint is being written; then let it end.
+
+    Of several processes each is killed in turn, process 0 first; the other one must end by itself.
+    """
     rng, whole, parts = random.Random(0), out / f'whole{processes}', out / f'parts{processes}'
     began = time.perf_counter()
     once(model, whole, LONG, devices, processes)
@@ -77,7 +80,7 @@ def kills(model, out, n=10, processes=1, devices=1):
         else:
             running = runs.start_several(model, parts, LONG, processes, devices)
         before = len(runs.lines(parts))
-        target, had = rng.choice(running), runs.checkpoints(parts)
+        target, had = running[i // 2 % processes], runs.checkpoints(parts)
         if i % 2:
             seen = runs.until(partial(saves_now, parts, had[1]), *running)
             time.sleep(rng.uniform(0, 0.05))
@@ -100,7 +103,8 @@ def kills(model, out, n=10, processes=1, devices=1):
         )
         if processes > 1:
             other = running[1 - running.index(target)]
-            print('    the other said:', other.log.read_text().strip().splitlines()[-3:])
+            print('    the other said:', other.log.read_text().strip().splitlines()[-1])
+            assert other.returncode == 1
     said = once(model, parts, LONG, devices, processes)
     print('last run went on from step', runs.first_step(said[0]))
     assert sorted(runs.losses(parts)) == list(range(1, 61))

@@ -2,7 +2,7 @@
 
     python tools/curves.py runs/emoji_lcm_lora runs/emoji_lcf --out curves.png
 
-Needs matplotlib (pip install -e '.[plot]'). A column per run: the loss (each report, and a running mean of
+A column per run: the loss (each report, and a running mean of
 nine), then what was measured at the checkpoints.
 """
 

@@ -1,0 +1,150 @@
+"""Checkpoints that are damaged, and runs that go on with other settings; without training."""
+
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lcm_jax import loop
+from lcm_jax.errors import InputError
+from lcm_jax.saves import Saves
+
+HOME = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+RECIPE = {'train': {'steps': 3, 'lr': 1.0, 'decay': False}}
+
+
+def state(step):
+    rng = np.random.default_rng(step)
+    params = {f'{n}/kernel': rng.standard_normal((n, n), np.float32) for n in (3, 64, 300)}
+    return loop.init(params, optax.adam(1e-3), 0.9)._replace(step=jnp.int32(step))
+
+
+ABSTRACT = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=HOME), state(0))
+
+
+def saves(folder, **changes):
+    return Saves(folder, {'train': RECIPE['train'] | changes}, best='distance')
+
+
+def restored(folder, **changes):
+    """-> the step whose state is restored, to the bit, or None."""
+    with saves(folder, **changes) as kept:
+        got = kept.restore(ABSTRACT)
+    if got is not None:
+        jax.tree.map(np.testing.assert_array_equal, got, state(int(got.step)))
+        return int(got.step)
+    return None
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    """A folder with checkpoints of steps 1 and 2."""
+    folder = tmp_path_factory.mktemp('two') / 'checkpoints'
+    with saves(folder) as kept:
+        for step in (1, 2):
+            kept.save(step, state(step), {'distance': 1 / step})
+    return folder
+
+
+@pytest.fixture
+def folder(two, tmp_path):
+    return shutil.copytree(two, tmp_path / 'checkpoints')
+
+
+def gone(file):
+    file.unlink()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ('name', 'damage', 'said'),
+    [
+        ('commit_success.txt', gone, 'commit_success.txt is missing'),
+        ('state/commit_success.txt', gone, 'state/commit_success.txt is missing'),
+        ('recipe', shutil.rmtree, 'recipe/commit_success.txt is missing'),
+        ('recipe/metadata', gone, 'recipe/metadata is missing'),
+        ('recipe/metadata', cut, 'recipe/metadata is not JSON'),
+        ('metrics/metrics', cut, 'metrics/metrics is not JSON'),
+        ('_CHECKPOINT_METADATA', cut, '_CHECKPOINT_METADATA is not JSON'),
+        ('state/_METADATA', gone, 'state/_METADATA is missing'),
+        ('state/manifest.ocdbt', gone, 'the index of state: '),
+        ('state/manifest.ocdbt', cut, 'the index of state: '),
+        ('state/d/*', cut, 'the index of state: '),
+        ('state/ocdbt.process_0', shutil.rmtree, r'state/ocdbt\S+ has 0 bytes of \d+'),
+        ('state/ocdbt.process_0/d/*', gone, r'state/ocdbt\S+ has 0 bytes of \d+'),
+        ('state/ocdbt.process_0/d/*', cut, r'state/ocdbt\S+ has \d+ bytes of \d+'),
+    ],
+)
+def test_a_damaged_checkpoint_is_left_out(folder, capsys, name, damage, said):
+    """Named in one line; the older one is gone on from, and later ones are kept as ever."""
+    for file in (folder / '2').glob(name):
+        damage(file)
+    assert restored(folder) == 1
+    assert re.fullmatch(f'.*/2 is damaged: {said}.*; it is left out, .*\n', capsys.readouterr().out)
+    with saves(folder) as kept:
+        kept.save(2, state(2), {'distance': 0.5})
+    assert restored(folder) == 2
+    assert capsys.readouterr().out == ''
+
+
+def test_each_array_file_counts(folder):
+    """Whichever is empty: what is restored is whole (some are indices that others have replaced)."""
+    found = set()
+    for file in (*folder.glob('2/state/d/*'), *folder.glob('2/state/ocdbt.process_0/d/*')):
+        whole = file.read_bytes()
+        file.write_bytes(b'')
+        found.add(restored(shutil.copytree(folder, folder.with_name(file.name))))
+        file.write_bytes(whole)
+    assert 1 in found and found <= {1, 2}
+
+
+def test_an_older_one_that_is_damaged(folder, capsys):
+    """Such as one whose deletion was interrupted."""
+    (folder / '1' / 'metrics' / 'metrics').write_text('{')
+    assert restored(folder) == 2
+    assert '/1 is damaged: metrics/metrics is not JSON' in capsys.readouterr().out
+
+
+def test_no_whole_checkpoint_is_an_error(folder):
+    for file in folder.glob('*/commit_success.txt'):
+        file.unlink()
+    before = sorted(folder.rglob('*'))
+    with pytest.raises(InputError, match=r'2 cannot be restored: commit_success\.txt is missing'):
+        restored(folder)
+    assert sorted(folder.rglob('*')) == before
+
+
+def test_an_array_that_cannot_be_read_is_an_error(folder):
+    """What only reading finds, here bytes that are no compressed array: nothing is half loaded."""
+    for file in (folder / '2' / 'state' / 'ocdbt.process_0' / 'd').iterdir():
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(InputError, match='checkpoints/2 cannot be restored'):
+        restored(folder)
+
+
+def test_with_decay_the_number_of_steps_stays(tmp_path):
+    folder = tmp_path / 'checkpoints'
+    with saves(folder, decay=True) as kept:
+        kept.save(1, state(1), {})
+    assert restored(folder, decay=True) == 1
+    for steps in (2, 4):
+        with pytest.raises(
+            InputError,
+            match=rf'holds a run with train\.steps = 3 \(now {steps}\), from which train\.decay '
+            'takes the rates; go on with its settings, or give another workdir',
+        ):
+            restored(folder, decay=True, steps=steps)
+    with pytest.raises(InputError, match=r'train\.decay = True \(now False\)'):
+        restored(folder, steps=4)
+
+
+def test_without_decay_it_may_change(folder):
+    for steps in (2, 4):
+        assert restored(folder, steps=steps) == 2

@@ -1,0 +1,82 @@
+"""The compiled LCM-LoRA step holds the frozen base once, for student, teacher and target."""
+
+import runpy
+
+import jax
+import pytest
+import runs
+
+from lcm_jax import plan, sharding, step, workloads
+from lcm_jax.chips import devices_of
+from lcm_jax.families import SD
+from lcm_jax.models.clip import TextSpec
+from lcm_jax.models.unet import UNetSpec
+from lcm_jax.scheduler import read_schedule
+from lcm_jax.tree import named
+
+WIDTH = 512  # so that at 4 x 4 latents of one sample the base outweighs all activations by far
+UNET = UNetSpec(
+    widths=(WIDTH,),
+    down=((1,),),
+    mid=None,
+    up=((0, 0),),
+    heads=(2,),
+    context_dim=WIDTH,
+    groups=4,
+)
+SETTINGS = {'data.cache': True, 'lora.rank': 8, 'train.batch': 1, 'train.ema_decay': 0.0}
+
+
+def lora_step(dtype, device):
+    """-> the plan.Program of a step, and the bytes of its base."""
+    config = runpy.run_path(str(runs.CONFIGS / 'default.py'))['get_config']()
+    config.update_from_flattened_dict(SETTINGS | {'dtype': dtype})
+    text = TextSpec(width=WIDTH, layers=1, heads=2, mlp=16)
+    specs = {'unet': UNET, 'vae': runs.MODEL.vae, 'text_encoder': text}
+    schedule = read_schedule(workloads.NOISE | {'prediction_type': 'epsilon'}, 'noise')
+    mesh = sharding.make_mesh(devices=[device])
+    prog = step.program(specs, SD, schedule, config, mesh)
+    return workloads.training(prog, (8, 8), mesh), plan.held(prog.frozen['unet'])
+
+
+def assert_once(dtype, device):
+    """Among the arguments once; what else the step needs at any time is far less than a copy."""
+    program, base = lora_step(dtype, device)
+    rest = sum(plan.held(tree) for kind, tree in program.args.items() if kind != 'frozen')
+    cost = plan.compiled(program)
+    assert 0.99 < (cost.arguments - rest) / base < 1.01
+    assert cost.temporaries + cost.results < 0.25 * base
+
+
+@pytest.fixture
+def quick_compiler():
+    """Without optimizations of machine code, which take most of the time."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+def test_one_copy_of_the_base(quick_compiler):
+    """0.05 of it in temporaries."""
+    assert_once('float32', jax.devices()[0])
+
+
+@pytest.mark.full  # a minute
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_one_copy_of_the_base_on_a_tpu(dtype):
+    """0.12 and 0.08 of it in temporaries. (CPUs multiply no bfloat16: XLA widens all kernels there.)"""
+    pytest.importorskip('libtpu')
+    assert_once(dtype, devices_of('v5e:1x1')[0])
+
+
+def test_a_bfloat16_base_is_asked_for_in_no_other_type():
+    """Whatever the device makes of it: float32 parts of the step do not read kernels as float32."""
+    program, _ = lora_step('bfloat16', jax.devices()[0])
+    text = jax.jit(program.fn).lower(*program.args.values()).as_text()
+
+    def kind(x, dtype):
+        return f'tensor<{"x".join(map(str, x.shape))}x{dtype}>'
+
+    kernels = [x for path, x in named(program.args['frozen']['unet']) if path.endswith('kernel')]
+    assert len(kernels) > 20 and all(kind(x, 'bf16') in text for x in kernels)
+    assert not {kind(x, 'f32') for x in kernels if kind(x, 'f32') in text}
