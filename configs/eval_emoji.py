@@ -22,7 +22,7 @@ def get_config():
     )
     c.sets = (
         ('training captions', 'emoji:noto,twemoji', 1024),
-        ('held-out captions', 'emoji-heldout:noto,twemoji', 306),
+        ('held-out captions', 'emoji-heldout:noto,twemoji', 0),
     )
     c.real = 'emoji:noto,twemoji'
     c.prompts = (
