@@ -16,7 +16,6 @@ def get_config():
     c.ways = (
         {'label': 'fine-tune', 'sampler': 'ddim', 'steps': 50, 'guidance': 4.0},
         {'label': 'DDIM', 'sampler': 'ddim', 'guidance': 4.0},
-        {'label': 'DPM-Solver', 'sampler': 'dpm', 'guidance': 4.0},
         {'label': 'DPM-Solver++', 'sampler': 'dpm++', 'guidance': 4.0},
         {'label': "base's LCM-LoRA", 'sampler': 'lcm', 'lora': 'lcm'},
     )

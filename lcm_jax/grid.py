@@ -10,6 +10,7 @@ def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190
     notes: [R][C] str, written below the cells.
     """
     font = ImageFont.load_default(font_size)
+    columns = [wrap(c, tile, font) for c in columns]
     head = margin + max(c.count('\n') + 1 for c in columns) * (font_size + 4)
     pitch = tile + margin + (font_size + 2 if notes else 0)
     size = label_width + len(columns) * (tile + margin), head + len(rows) * pitch + margin

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 
 from lcm_jax.grid import grid
@@ -68,20 +69,27 @@ def table(rows, metric):
     lines = [f'{metric.title}:', '', '| | ' + ' | '.join(map(str, steps)) + ' |']
     lines.append('|---' * (len(steps) + 1) + '|')
     for label in labels:
-        if (label, None) in found:  # real pictures: one number for all
-            lines.append(f'| {label} | {cell(label, None)} |' + ' |' * (len(steps) - 1))
-        else:
-            lines.append(f'| {label} | ' + ' | '.join(cell(label, n) for n in steps) + ' |')
+        one = cell(label, None)  # of real pictures: there are no steps
+        name = f'{label}: {one}' if one else label
+        lines.append(f'| {name} | ' + ' | '.join(cell(label, n) for n in steps) + ' |')
     return [*lines, '']
 
 
 def said(results):
     """-> lines about how all was measured."""
     p = results['protocol']
-    first = results['sets'][0]['rows'][0]
+    first, *rows = results['sets'][0]['rows']
+    ways = {
+        r['label']: f'- {r["label"]}: `{r["model"]}`'
+        + (f' with LoRA `{r["lora"]}`' if r['lora'] else '')
+        + f', sampler `{r["sampler"]}`, guidance {r["guidance"]:g}'
+        for r in rows
+    }
     lines = [
+        *ways.values(),
+        '',
         f'FID and KID: features {p["features"]}, to {p["real_pictures"]:,} real pictures of '
-        f'`{p["real"]}`, resized and cut to {p["resolution"]} px.'
+        f'`{p["real"]}`, resized and cut to {p["resolution"]} px.',
     ]
     if first['biased']:
         lines.append(
@@ -122,6 +130,7 @@ def plot(rows):
                         *zip(*points, strict=True), marker='.', color=f'C{i % 10}', label=label
                     )
             axis.set(xlabel=name, xscale='log', yscale='log' if metric.log else 'linear')
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
         steps = sorted({r['steps'] for r in drawn})
         column[0].set_xticks(steps, map(str, steps))
