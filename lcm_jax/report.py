@@ -24,8 +24,8 @@ METRICS = (
     Metric('kid', 'KID x 1000 (lower is better)', 1000, 1),
     Metric('clip', 'CLIP score (higher is better)', digits=1),
     Metric('retrieval', 'share that finds its caption among 100 (higher is better)'),
-    Metric('lpips', 'LPIPS to the reference from the same noise (lower is better)', digits=3),
-    Metric('psnr', 'PSNR to the reference from the same noise, dB (higher is better)', digits=1),
+    Metric('lpips', 'LPIPS to the reference (lower is better)', digits=3),
+    Metric('psnr', 'PSNR to the reference, dB (higher is better)', digits=1),
     Metric('seconds', 'seconds per picture', digits=3),
 )
 PLOTTED = ('fid', 'clip', 'lpips')
