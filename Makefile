@@ -1,4 +1,5 @@
 # make demo: distil an LCM-LoRA from the shipped teacher and draw.  make test: run all tests.
+# make notebooks: execute the notebooks again and keep what they show.
 # PYTHON is 3.11 or newer; both make the virtual environment if there is none.
 
 PYTHON ?= python3
@@ -6,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks clean
 
 $(VENV)/core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,6 +26,9 @@ test: $(VENV)/test
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
+
+notebooks: $(VENV)/test
+	$(BIN)/python tools/run_notebooks.py notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) demo-out runs

@@ -56,6 +56,17 @@ class Writer:
             self.board.add_image(name, picture, step, dataformats='HWC')
 
 
+def read_metrics(workdir):
+    """A run's metrics.jsonl -> {name: (steps, values)}."""
+    found = {}
+    for line in _whole_lines((Path(workdir) / 'metrics.jsonl').read_text()):
+        values = json.loads(line)
+        step = values.pop('step')
+        for name, value in values.items():
+            found.setdefault(name, []).append((step, value))
+    return {name: tuple(zip(*rows, strict=True)) for name, rows in found.items()}
+
+
 def _whole_lines(text):
     return text[: text.rfind('\n') + 1].splitlines()
 

@@ -7,7 +7,6 @@ nine), then what was measured at the checkpoints.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -16,18 +15,9 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
 
+from lcm_jax.logs import read_metrics
+
 MEASURED = ('distance', 'changed', 'validation')  # at checkpoints, see lcm_jax/preview.py
-
-
-def read(workdir):
-    """-> {name: (steps, values)} of a workdir's metrics.jsonl."""
-    found = {}
-    for line in (Path(workdir) / 'metrics.jsonl').read_text().splitlines():
-        values = json.loads(line)
-        step = values.pop('step')
-        for name, value in values.items():
-            found.setdefault(name, []).append((step, value))
-    return {name: tuple(zip(*rows, strict=True)) for name, rows in found.items()}
 
 
 def running_mean(values, n=9):
@@ -44,7 +34,7 @@ def main():
     size = (3.2 * len(args.workdirs), 4.6)
     figure, axes = plt.subplots(2, len(args.workdirs), figsize=size, sharex='col', squeeze=False)
     for workdir, (above, below) in zip(args.workdirs, axes.T, strict=True):
-        found = read(workdir)
+        found = read_metrics(workdir)
         steps, losses = found['loss']
         above.plot(steps, losses, color='0.8', linewidth=1)
         above.plot(steps, running_mean(losses), color='C0')
