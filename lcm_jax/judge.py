@@ -5,6 +5,7 @@ import io
 import itertools
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lcm_jax import metrics
@@ -131,7 +132,7 @@ class Judge:
         batches = iter(lambda: list(itertools.islice(numbered, batch)), [])
 
         def stacked():
-            for some in batches:
+            for some in itertools.islice(batches, jax.process_index(), None, jax.process_count()):
                 yield np.array([i for i, _ in some]), np.stack([x for _, (_, x, _) in some]), 0.0
 
         return {'label': 'real pictures', 'steps': None, **self(stacked())}

@@ -7,6 +7,7 @@ pictures, which PIL gives as PNG and as JPEG, the JPEG is kept: a quarter of the
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -57,6 +58,7 @@ def tidy(output, prefix):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('notebooks', nargs='+', type=Path)
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # no alarm where compiling takes minutes
     for file in parser.parse_args().notebooks:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
