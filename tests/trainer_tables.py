@@ -30,8 +30,10 @@ ROWS = {
 
 def once(model, workdir, settings, devices, processes):
     if processes == 1:
-        return runs.finish(runs.start(model, workdir, settings, devices))
-    return runs.finish(*runs.start_several(model, workdir, settings, processes, devices))
+        started = [runs.start(model, workdir, settings, devices)]
+    else:
+        started = runs.start_several(model, workdir, settings, processes, devices)
+    return runs.finish(*started, timeout=1200)
 
 
 def equality(model, out):
