@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def get_config():
-    c = runpy.run_path(str(Path(__file__).with_name('eval.py')))['get_config']()
+    c = runpy.run_path(str(Path(__file__).with_name('eval_style.py')))['get_config']()
     c.title = 'LCM-LoRA on a fine-tuned model'
     c.model = 'runs/emoji_finetune/fluent'
     c.reference = 'fine-tune'
@@ -18,14 +18,5 @@ def get_config():
         {'label': 'DDIM', 'sampler': 'ddim', 'guidance': 4.0},
         {'label': 'DPM-Solver++', 'sampler': 'dpm++', 'guidance': 4.0},
         {'label': "base's LCM-LoRA", 'sampler': 'lcm', 'lora': 'lcm'},
-    )
-    c.sets = (('Fluent captions', 'emoji:fluent', 512),)
-    c.real = 'emoji:fluent'
-    c.prompts = (
-        'red heart, emotion, heart, love, red, fluent 3d emoji',
-        'cat face, animal, cat, face, kitten, kitty, pet, fluent 3d emoji',
-        'strawberry, berry, fruit, fluent 3d emoji',
-        'airplane, aeroplane, fluent 3d emoji',
-        'robot, face, monster, fluent 3d emoji',
     )
     return c

@@ -1,7 +1,5 @@
 """The networks that metrics see with, opened from local files, each with its way to prepare pictures."""
 
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
-import numpy as np
 
 from lcm_jax import weights
 from lcm_jax.checkpoint import component_shapes, open_component, open_file, open_model
@@ -21,7 +18,7 @@ from lcm_jax.models.inception import CLASSES, WIDTH, Inception
 from lcm_jax.resize import INCEPTION, PLAIN, Pixels, clip_pixels, emoji_pixels
 from lcm_jax.tensors import read_json
 from lcm_jax.text import Tokenizer
-from lcm_jax.tree import named
+from lcm_jax.tree import digest
 
 HEADS = Path(__file__).parent / 'lpips_heads'  # shipped
 
@@ -63,15 +60,6 @@ def open_backbone(kind, name, table):
     if len(files) not in row.files or '' in files:
         raise InputError(f'{kind} {str(name)!r}: write it as {row.usage}')
     return row.open(*map(Path, files))
-
-
-def digest(params, *settings):
-    """Parameters in numpy -> 12 hexadecimal digits of their SHA-256, the same in any file format."""
-    found = hashlib.sha256(json.dumps(settings).encode())
-    for path, x in named(params):
-        found.update(f'{path} {x.shape}'.encode())
-        found.update(np.ascontiguousarray(x))
-    return found.hexdigest()[:12]
 
 
 def _emoji_tower(model):

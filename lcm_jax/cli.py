@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from lcm_jax import data_cli, eval_cli, lora_cli, plan_cli
+from lcm_jax import data_cli, eval_cli, flags, lora_cli, plan_cli
 from lcm_jax.errors import InputError
 
 EPILOG = """examples:
@@ -35,20 +35,9 @@ def demo(args):
 
 
 def train(args):
-    from lcm_jax.flags import parse
     from lcm_jax.train import start
 
-    cluster = {k: getattr(args, k) for k in ('coordinator', 'processes', 'process')}
-    start(
-        *parse(
-            [
-                f'--config={args.config}',
-                f'--workdir={args.workdir}',
-                *(f'--config.{setting}' for setting in args.set),
-                *(f'--{k}={value}' for k, value in cluster.items() if value is not None),
-            ]
-        )
-    )
+    start(*flags.parsed(args))
 
 
 def sample(args):
@@ -124,19 +113,12 @@ def parser():
     p.add_argument('--steps', type=positive, default=400, help='steps of distillation')
 
     p = verb(train, 'train', 'distil or fine-tune from a config file (as python -m lcm_jax.train)')
-    p.add_argument('--config', required=True, help='a file such as configs/emoji_lcm_lora.py')
-    p.add_argument('--workdir', required=True, help='folder for checkpoints, logs and the LoRA')
-    p.add_argument(
-        '--set',
-        nargs='+',
-        action='extend',
-        default=[],
-        metavar='KEY=VALUE',
-        help='keys of configs/default.py, e.g. train.steps=200',
+    flags.add_run(
+        p,
+        'configs/emoji_lcm_lora.py',
+        'configs/default.py, e.g. train.steps=200',
+        'checkpoints, logs and the LoRA',
     )
-    p.add_argument('--coordinator', help="HOST:PORT of the first of several processes, or 'auto'")
-    p.add_argument('--processes', type=int, help='how many there are')
-    p.add_argument('--process', type=int, help='which of them this is, from 0')
 
     sample_arguments(verb(sample, 'sample', 'draw pictures'))
 

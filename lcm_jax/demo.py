@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from lcm_jax import evaluate, train
-from lcm_jax.flags import parse
+from lcm_jax.flags import read
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 RANK = 16  # half of the config's: under four minutes on two cores at 400 steps
@@ -46,14 +46,12 @@ def training(steps):
         'train.log_every': 10,
         'train.save_every': 100,
     }
-    settings = [f'--config.{key}={value}' for key, value in settings.items()]
-    return parse([f'--config={CONFIGS / "emoji_lcm_lora.py"}', '--workdir=.', *settings])[0]
+    return read(CONFIGS / 'emoji_lcm_lora.py', settings)
 
 
 def evaluation(file, steps):
     """configs/eval_emoji.py in a short form, with the LoRA in the file."""
-    settings = [f'--config.paired={COUNT}', '--config.batch=16']
-    config = parse([f'--config={CONFIGS / "eval_emoji.py"}', '--workdir=.', *settings])[0]
+    config = read(CONFIGS / 'eval_emoji.py', {'paired': COUNT, 'batch': 16})
     fresh = {'label': 'LCM-LoRA', 'sampler': 'lcm', 'lora': str(file)}
     config.title = f'What {steps} steps of distillation gave'
     config.sets = (('training captions', 'emoji:noto,twemoji', COUNT),)

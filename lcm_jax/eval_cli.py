@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from lcm_jax import flags
+
 
 def evaluate(args):
-    from lcm_jax import flags
-    from lcm_jax.evaluate import run
+    from lcm_jax.evaluate import start
 
-    settings = [f'--config.{setting}' for setting in args.set]
-    run(*flags.parse([f'--config={args.config}', f'--workdir={args.workdir}', *settings])[:2])
+    start(*flags.parsed(args))
 
 
 def measure(args):
@@ -52,15 +52,8 @@ def sweep(args):
 def add(verb):
     """Add the verbs to the parser; verb(run, name, text) adds one."""
     p = verb(evaluate, 'evaluate', 'measure ways of drawing: FID, CLIP score, LPIPS, seconds')
-    p.add_argument('--config', required=True, help='a file such as configs/eval_emoji.py')
-    p.add_argument('--workdir', required=True, help='folder for tables, plots and grids')
-    p.add_argument(
-        '--set',
-        nargs='+',
-        action='extend',
-        default=[],
-        metavar='KEY=VALUE',
-        help='keys of configs/eval.py, e.g. seed=1',
+    flags.add_run(
+        p, 'configs/eval_emoji.py', 'configs/eval.py, e.g. seed=1', 'tables, plots and grids'
     )
 
     p = verb(measure, 'measure', 'FID and KID of two sets of pictures')
@@ -94,5 +87,5 @@ def add(verb):
     p.add_argument('--steps', nargs='+', type=int, default=[1, 2, 4, 8], help='a column each')
     p.add_argument('--sampler', help='default: as the LoRA needs, lcm or ddim')
     p.add_argument('--seed', type=int, default=0, help='default: 0')
-    text = 'network of the CLIP score below each picture: emoji, clip:FOLDER; default: emoji'
+    text = 'network of the CLIP score below each picture: emoji (the default), clip:FOLDER'
     p.add_argument('--clip', default='emoji', help=text)

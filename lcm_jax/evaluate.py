@@ -8,7 +8,6 @@ training, share the drawing.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -19,7 +18,6 @@ import warnings
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
@@ -36,9 +34,10 @@ from lcm_jax.flags import parse
 from lcm_jax.grid import pixels
 from lcm_jax.logs import say
 from lcm_jax.measure import statistics_of
+from lcm_jax.peers import Peers
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.samplers import SAMPLERS
-from lcm_jax.tree import named
+from lcm_jax.tree import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +116,7 @@ class Artist:
         """Hash of all parameters that the cell draws with."""
         key = cell.model, cell.lora
         if key not in self.known:
-            self.known[key] = fingerprint(self.set(cell).merged)
+            self.known[key] = digest(self.set(cell).merged)
         return self.known[key]
 
     def draw(self, cell, prompts, first):
@@ -151,20 +150,6 @@ class Artist:
             yield numbers, drawn[: len(chunk)], (time.perf_counter() - begun) / size
 
 
-def fingerprint(tree):
-    """Tree of arrays -> hexadecimal hash of its names, shapes and every bit."""
-
-    @jax.jit
-    def sums(x):
-        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
-        bits = bits.astype(jnp.uint32).ravel()
-        place = jnp.arange(bits.size, dtype=jnp.uint32)
-        return jnp.stack([jnp.sum(bits * (2 * place + 1)), jnp.sum(bits ^ (place * 40503))])
-
-    said = [(path, x.shape, str(x.dtype), np.asarray(sums(x)).tolist()) for path, x in named(tree)]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-
 def run(config, workdir):
     """Measure all cells of a config -> the results, as in results.json; writes all into `workdir`."""
     workdir, artist = Path(workdir), Artist(config)
@@ -186,7 +171,7 @@ def run(config, workdir):
     results = []
     for name, source, count in config.sets:
         captions, own = captions_of(config, source, count)
-        judging = judge.Judge(networks, captions, real, config.paired)
+        judging = judge.Judge(networks, captions, real)
         bench = Bench(artist, judging, source, workdir / 'cells' / slug(name))
         rows = [judging.real_row(own)]
         for cell in tqdm(cells, desc=name, disable=jax.process_index() > 0):
@@ -314,15 +299,20 @@ def slug(text):
     return re.sub(r'[^a-z0-9.+]+', '-', text.lower()).strip('-')
 
 
+def start(config, workdir, cluster):
+    """`run` as a program: joins the other processes; where one fails, all end."""
+    sharding.start_distributed(**cluster)
+    with Peers():
+        run(config, workdir)
+
+
 def main(argv=None):
     """Run the command line; bad input ends with one line on stderr and status 1."""
     argv = sys.argv[1:] if argv is None else argv
     if {'-h', '--help'} & {*argv}:
         return print(__doc__)
     try:
-        config, workdir, cluster = parse(argv)
-        sharding.start_distributed(**cluster)
-        run(config, workdir)
+        start(*parse(argv))
     except InputError as e:
         sys.exit(f'error: {e}')
 

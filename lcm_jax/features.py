@@ -25,7 +25,7 @@ class Features:
     """Networks that turn pictures, and perhaps captions, into rows of numbers."""
 
     backbone: Backbone
-    run: Callable  # see _runner
+    run: Callable  # see _opened
 
     @property
     def identity(self):

@@ -26,6 +26,54 @@ def parse(argv):
     return config, workdir, cluster
 
 
+def read(file, settings):
+    """A config file, and {'train.steps': value} over it -> locked config. Raises InputError as `parse`."""
+    return parse(
+        [f'--config={file}', '--workdir=.', *(f'--config.{k}={v}' for k, v in settings.items())]
+    )[0]
+
+
+CLUSTER = {
+    'coordinator': (str, "HOST:PORT of the first of several processes, or 'auto'"),
+    'processes': (int, 'how many there are'),
+    'process': (int, 'which of them this is, from 0'),
+}
+
+
+def add_config(p, example, keys):
+    """Add to an argparse parser what names a config. example: of a file; keys: of settings, with theirs."""
+    p.add_argument('--config', required=True, help=f'a file such as {example}')
+    p.add_argument(
+        '--set',
+        nargs='+',
+        action='extend',
+        default=[],
+        metavar='KEY=VALUE',
+        help=f'keys of {keys}',
+    )
+
+
+def add_run(p, example, keys, outputs):
+    """`add_config`, a folder for the outputs, and several processes."""
+    add_config(p, example, keys)
+    p.add_argument('--workdir', required=True, help=f'folder for {outputs}')
+    for name, (kind, text) in CLUSTER.items():
+        p.add_argument(f'--{name}', type=kind, help=text)
+
+
+def parsed(args):
+    """What argparse made of `add_config` or `add_run` -> as `parse`."""
+    cluster = {k: getattr(args, k, None) for k in CLUSTER}
+    return parse(
+        [
+            f'--config={args.config}',
+            f'--workdir={getattr(args, "workdir", ".")}',
+            *(f'--config.{setting}' for setting in args.set),
+            *(f'--{k}={value}' for k, value in cluster.items() if value is not None),
+        ]
+    )
+
+
 def parse_flags(argv):
     """Command line -> config, workdir, cluster, other arguments, as absl and ml_collections read it."""
     from absl import flags
@@ -35,10 +83,9 @@ def parse_flags(argv):
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     workdir = flags.DEFINE_string('workdir', None, 'For the outputs.', flag_values=values)
+    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
     cluster = {
-        'coordinator': flags.DEFINE_string('coordinator', None, 'HOST:PORT', flag_values=values),
-        'processes': flags.DEFINE_integer('processes', None, 'How many.', flag_values=values),
-        'process': flags.DEFINE_integer('process', None, 'Which of them.', flag_values=values),
+        k: define[kind](k, None, text, flag_values=values) for k, (kind, text) in CLUSTER.items()
     }
     try:
         _, *extra = values(argv)

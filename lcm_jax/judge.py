@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 from lcm_jax import metrics
+from lcm_jax.data.pairs import batches
 from lcm_jax.metrics import Statistics
 from lcm_jax.sharding import gathered
+from lcm_jax.tree import digest
 
 SUM = 'sum/'  # what names of sums begin with, where Statistics lie beside them
 AMONG = 100  # captions among which a picture must find its own
@@ -66,9 +68,9 @@ class Tally:
 class Judge:
     """Measures pictures of fixed captions against fixed real ones."""
 
-    def __init__(self, networks, captions, real, paired):
-        """captions [N]; real: Statistics; paired: how many pictures are compared with the reference's."""
-        self.networks, self.captions, self.real, self.paired = networks, captions, real, paired
+    def __init__(self, networks, captions, real):
+        """captions [N]; real: Statistics."""
+        self.networks, self.captions, self.real = networks, captions, real
         self.texts = networks.clip and networks.clip.texts(captions, truncate=True)
 
     @property
@@ -79,12 +81,11 @@ class Judge:
             'features': n.features.identity,
             'clip_features': n.clip and n.clip.identity,
             'lpips_features': n.lpips and n.lpips.identity,
-            'captions': len(self.captions),
-            'real': self.real.n,
-            'real_mean': float(self.real.mean.sum()),
+            'captions': digest({}, *self.captions),
+            'real': digest(self.real.mean, self.real.n),
         }
 
-    def __call__(self, batches, reference=None):
+    def __call__(self, drawn, reference=None):
         """Batches (numbers [b], pictures [b,H,W,3] uint8, seconds of one picture) -> the row of numbers.
 
         The batches are this process's; all processes call it alike. reference: {number: picture} to
@@ -93,7 +94,7 @@ class Judge:
         which may compile.
         """
         tally, seconds = Tally(), []
-        for numbers, pictures, took in batches:
+        for numbers, pictures, took in drawn:
             features = self.networks.features.images(pictures)
             statistics = Statistics.of(self.networks.features.identity, features, numbers)
             values = self.each(numbers, pictures, features, reference or {})
@@ -101,12 +102,8 @@ class Judge:
             tally.add(Tally(statistics, sums))
             seconds.append(took)
         tally = tally.shared()
-        fid = metrics.frechet(self.real, tally.statistics)
-        kid, deviation = metrics.kid(self.real, tally.statistics)
-        n = tally.statistics.n
-        row = {'n': n, 'fid': fid, 'kid': kid, 'kid_std': deviation}
+        row = {'n': tally.statistics.n, **metrics.compare(self.real, tally.statistics)}
         row |= {name: float(total / count) for name, (total, count) in tally.sums.items()}
-        row['biased'] = min(n, self.real.n) < metrics.FEW
         return row | {'seconds': float(np.median(seconds[1:] or seconds)) or None}
 
     def each(self, numbers, pictures, features, reference):
@@ -128,11 +125,9 @@ class Judge:
 
     def real_row(self, own, batch=64):
         """own() -> iterator of (number, picture, caption): the captions' real pictures, as a row."""
-        numbered = enumerate(own())
-        batches = iter(lambda: list(itertools.islice(numbered, batch)), [])
-
-        def stacked():
-            for some in itertools.islice(batches, jax.process_index(), None, jax.process_count()):
-                yield np.array([i for i, _ in some]), np.stack([x for _, (_, x, _) in some]), 0.0
-
-        return {'label': 'real pictures', 'steps': None, **self(stacked())}
+        renumbered = ((i, picture, caption) for i, (_, picture, caption) in enumerate(own()))
+        mine = itertools.islice(
+            batches(renumbered, batch), jax.process_index(), None, jax.process_count()
+        )
+        row = self((numbers, pictures, 0.0) for numbers, pictures in mine)
+        return {'label': 'real pictures', 'steps': None, **row}

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from lcm_jax import metrics
 from lcm_jax.data.files import cache_folder
-from lcm_jax.data.pairs import content, pairs
+from lcm_jax.data.pairs import batches, content, pairs
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.errors import InputError
@@ -25,7 +25,7 @@ def statistics_of(features, source, settings, ids):
     and the features' identity.
     """
     key = f'{content(source, settings, ids)}-{settings.resolution}-{features.identity}'
-    file = cache_folder().with_name('statistics') / f'{key.replace("/", "_")}.npz'
+    file = cache_folder().with_name('statistics') / f'{key}.npz'
     if file.is_file():
         return Statistics.load(file)
     found = streamed(features, pairs(source, settings, ids), len(ids), source.name)
@@ -38,24 +38,12 @@ def statistics_of(features, source, settings, ids):
 
 def streamed(features, samples, total, label):
     """Iterator of (number, picture, caption) -> Statistics, BATCH pictures at a time in memory."""
-    found, numbers, pictures = None, [], []
+    found = None
     with tqdm(total=total, desc=f'features of {label}', leave=False) as bar:
-
-        def flush():
-            x = features.images(np.stack(pictures))
-            part = Statistics.of(features.identity, x, np.array(numbers))
+        for numbers, pictures in batches(samples, BATCH):
+            part = Statistics.of(features.identity, features.images(pictures), numbers)
+            found = found.merge(part) if found else part
             bar.update(len(numbers))
-            numbers.clear()
-            pictures.clear()
-            return found.merge(part) if found else part
-
-        for number, picture, _ in samples:
-            numbers.append(number)
-            pictures.append(picture)
-            if len(numbers) == BATCH:
-                found = flush()
-        if numbers:
-            found = flush()
     return found
 
 
@@ -96,13 +84,12 @@ def compare(real, fake, features='emoji', resolution=0):
 
     features: as `features.open_features` takes it. resolution: px of the square that all pictures are
     resized and cut to; 0: they have one size already. -> 'fid', 'kid', 'kid_std', 'real' and 'fake'
-    (numbers of pictures), 'features', 'biased' (fewer than metrics.FEW), and the Statistics.
+    (numbers of pictures), 'features', 'biased', and the Statistics of both.
     """
     features = open_features(features)
     real, fake = (side(features, name, resolution) for name in (real, fake))
-    fid, (kid, deviation) = metrics.frechet(real, fake), metrics.kid(real, fake)
-    few = min(real.n, fake.n) < metrics.FEW
     return {
-        **{'fid': fid, 'kid': kid, 'kid_std': deviation, 'real': real.n, 'fake': fake.n},
-        **{'features': features.identity, 'biased': few, 'statistics': (real, fake)},
+        **metrics.compare(real, fake),
+        **{'real': real.n, 'fake': fake.n, 'features': features.identity},
+        'statistics': (real, fake),
     }

@@ -127,6 +127,18 @@ def _scrambled(numbers):
     return x ^ (x >> np.uint64(31))
 
 
+def compare(real, fake):
+    """Two sets, as Statistics -> {'fid', 'kid', 'kid_std', 'biased'}: whether FID is, by too few pictures.
+
+    Raises InputError as `frechet` and `kid` do.
+    """
+    fid, (mean, deviation) = frechet(real, fake), kid(real, fake)
+    return {
+        **{'fid': fid, 'kid': mean, 'kid_std': deviation},
+        'biased': min(real.n, fake.n) < FEW,
+    }
+
+
 def frechet(real, fake):
     """Fréchet distance of the Gaussians fitted to two sets, as Statistics (FID, arXiv 1706.08500, eq. 6).
 

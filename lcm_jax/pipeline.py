@@ -149,11 +149,17 @@ class Pipeline:
         self._remerge()
 
     def set_loras(self, terms):
-        """Draw with these alone: [(file, scale)], as `add_lora` takes them."""
-        self.adapters.clear()
+        """Draw with these alone: [(file, scale)], as `add_lora` takes them, each named by its file.
+
+        Raises InputError, and changes nothing, unless all of them fit, each given once.
+        """
+        added = {}
         for file, scale in terms:
-            name = Path(file).stem
-            self.adapters[name] = adapters.read_adapter(file, name, scale, self.params)
+            if str(file) in added:
+                raise InputError(f'LoRA {str(file)!r} is given twice; give the sum of its scales')
+            added[str(file)] = adapters.read_adapter(file, Path(file).stem, scale, self.params)
+        self.adapters.clear()
+        self.adapters.update(added)
         self._remerge()
 
     def with_lora(self, loras):

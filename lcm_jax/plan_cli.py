@@ -2,6 +2,8 @@
 
 import math
 
+from lcm_jax import flags
+
 PROGRAMS = ('train', 'sample')
 GIB = 2**30
 KINDS = {  # of memory: what each is
@@ -68,11 +70,9 @@ def verdict(r):
 
 
 def plan(args):
-    from lcm_jax import chips, flags, plan, sharding, step, workloads
+    from lcm_jax import chips, plan, sharding, step, workloads
 
-    config, *_ = flags.parse(
-        [f'--config={args.config}', '--workdir=.', *(f'--config.{s}' for s in args.set)]
-    )
+    config, *_ = flags.parsed(args)
     model, size = workloads.sizes_of(config.model), (config.data.resolution,) * 2
     axes = ('data', 'fsdp', 'tensor', 'dcn')
     mesh = sharding.make_mesh(
@@ -90,16 +90,8 @@ def plan(args):
 def add(verb):
     """Add `plan` to the parser; verb(run, name, text) adds one."""
     p = verb(plan, 'plan', 'say what a config asks of devices that need not be here')
-    p.add_argument('--config', required=True, help='a file such as configs/sdxl_lcm_lora.py')
+    flags.add_config(p, 'configs/sdxl_lcm_lora.py', 'configs/default.py, e.g. train.batch=256')
     p.add_argument(
         '--topology', required=True, help="such as v5e:4x4, or 2*v5e:16x16; 'local': what is here"
     )
     p.add_argument('--program', default='train', choices=PROGRAMS, help='default: train')
-    p.add_argument(
-        '--set',
-        nargs='+',
-        action='extend',
-        default=[],
-        metavar='KEY=VALUE',
-        help='keys of configs/default.py, e.g. train.batch=256',
-    )

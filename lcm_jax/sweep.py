@@ -1,12 +1,14 @@
 """One prompt, drawn over a range of LoRA scales or guidance and of steps: a labelled grid."""
 
+from pathlib import Path
+
 import numpy as np
 
 from lcm_jax import metrics
 from lcm_jax.adapters import term
 from lcm_jax.errors import InputError
 from lcm_jax.features import open_features
-from lcm_jax.grid import grid, pixels
+from lcm_jax.grid import grid
 from lcm_jax.pipeline import Pipeline
 
 SCALES = 0.0, 0.25, 0.5, 0.75, 1.0
@@ -28,8 +30,9 @@ def sweep(
     """Grid of pictures with the CLIP score below each -> PIL image, lines of a Markdown table.
 
     A row for each prompt and each of `scales` of `lora`, or, without that, of `guidance`; a column for
-    each of `steps`. also: [FILE:SCALE] of LoRAs that are always there. Raises InputError if nothing is to
-    be tried, or both scales and several values of guidance.
+    each of `steps`. also: [FILE:SCALE] of LoRAs that are always there. With an acceleration LoRA, at
+    whatever scale, the sampler is 'lcm' and guidance 1 unless said otherwise. Raises InputError if nothing
+    is to be tried, or both scales and several values of guidance.
     """
     if scales is None and lora:
         scales = SCALES
@@ -45,34 +48,36 @@ def sweep(
         file, scale = term(text)
         pipe.add_lora(file, scale=scale)
     if scales:
-        pipe.add_lora(lora, name='swept' if 'lcm' not in str(lora).lower() else 'swept-lcm')
-    swept = next((name for name in pipe.adapters if name.startswith('swept')), None)
+        pipe.add_lora(lora)
+    fixed = {'sampler': sampler, 'seed': seed}
+    if any(adapter.accelerates for adapter in pipe.adapters.values()):
+        fixed['sampler'] = sampler or 'lcm'  # even where its scale is 0
+        guidance = guidance or [1.0]
+    drawn = {}  # (value, steps) -> pictures [N]
+    for value in scales or guidance:
+        if scales:
+            pipe.set_scale(Path(lora).stem, value)
+        strength = (guidance or [None])[0] if scales else value
+        for n in steps:
+            drawn[value, n] = pipe(prompts, steps=n, guidance=strength, **fixed)
     network = open_features(clip)
-    texts = network.texts(list(prompts))
-    values = scales or guidance
-    rows, cells, notes = [], [], []
+    texts = network.texts(prompts)
+    scores = {
+        cell: metrics.cosines(network.images(pictures), texts) for cell, pictures in drawn.items()
+    }
+    kind = 'scale' if scales else 'guidance'
+    rows = [(i, value) for i in range(len(prompts)) for value in scales or guidance]
+    picture = grid(
+        [f'{prompts[i]}\n{kind} {value:g}' for i, value in rows],
+        [f'{n} steps' for n in steps],
+        [[drawn[value, n][i] for n in steps] for i, value in rows],
+        notes=[[f'{scores[value, n][i]:.1f}' for n in steps] for i, value in rows],
+    )
     lines = [
         '| | ' + ' | '.join(f'{n} steps' for n in steps) + ' |',
         '|---' * (len(steps) + 1) + '|',
     ]
-    for value in values:
-        if swept:
-            pipe.set_scale(swept, value)
-        strength = (guidance or [None])[0] if scales else value
-        drawn = [
-            pipe(list(prompts), sampler=sampler, steps=n, guidance=strength, seed=seed)
-            for n in steps
-        ]
-        scores = [metrics.cosines(network.images(pixels(x)), texts) for x in drawn]
-        name = f'scale {value:g}' if scales else f'guidance {value:g}'
-        for i, prompt in enumerate(prompts):
-            rows.append(f'{prompt}\n{name}')
-            cells.append([x[i] for x in drawn])
-            notes.append([f'{s[i]:.1f}' for s in scores])
-        means = [f'{np.mean(s):.1f}' for s in scores]
-        lines.append(f'| {name} | ' + ' | '.join(means) + ' |')
-    order = np.argsort(
-        [j % len(prompts) for j in range(len(rows))], kind='stable'
-    )  # prompt by prompt
-    rows, cells, notes = ([x[j] for j in order] for x in (rows, cells, notes))
-    return grid(rows, [f'{n} steps' for n in steps], cells, notes=notes), lines
+    for value in scales or guidance:
+        means = ' | '.join(f'{np.mean(scores[value, n]):.1f}' for n in steps)
+        lines.append(f'| {kind} {value:g} | {means} |')
+    return picture, lines

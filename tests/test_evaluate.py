@@ -133,6 +133,17 @@ def test_cells_are_measured_once_and_again_if_anything_changed(model, tmp_path, 
     )
     assert {*drawn} == {'few, guidance 1, 2 steps'}
     drawn.clear()
+    pairs_of = evaluate.pairs
+
+    def reworded(*args):
+        for number, picture, caption in pairs_of(*args):
+            yield number, picture, caption.replace('noto', 'Noto')
+
+    with monkeypatch.context() as patch:  # the source's files, under the same name
+        patch.setattr(evaluate, 'pairs', reworded)
+        evaluate.run(config(model), tmp_path)
+    assert len({*drawn}) == 5
+    drawn.clear()
     evaluate.run(config(model, seed=1), tmp_path)
     assert len({*drawn}) == 5
 
@@ -309,6 +320,13 @@ def test_sweep_draws_a_row_for_each_scale(tmp_path, capsys):
     )
     said = capsys.readouterr().out
     assert '| scale 0 |' in said and '| scale 1 |' in said
+    pipe = Pipeline.load('emoji')  # at scale 0 the sampler is still the LoRA's
+    prompts = ['red heart, noto emoji']
+    base = pipe(prompts, sampler='lcm', steps=2, guidance=1.0, seed=0)
+    network = evaluate.open_features('emoji')
+    want = metrics.cosines(network.images(base), network.texts(prompts))[0]
+    scale_0 = said.split('| scale 0 |')[1].splitlines()[0].split('|')
+    assert float(scale_0[1]) == pytest.approx(want, abs=0.1)
     with Image.open(out) as picture:
         assert picture.size[1] > 2 * 96
     with pytest.raises(SystemExit, match='not both'):

@@ -107,7 +107,7 @@ def same_noise(monkeypatch):
     """Gives diffusers' LCMScheduler the noise that our sampler draws for a seed and a count."""
 
     def patch(seed, count):
-        keys = module._keys(np.uint32(seed), count)
+        keys = module._keys(np.uint32(seed), np.uint32(0), count)
         steps = iter(range(99))
 
         def noise(shape, **kwargs):
@@ -194,6 +194,25 @@ def test_loras_come_and_go(pipe, lora_file):
     assert (draw() == plain).all()
     with pytest.raises(InputError, match="unknown LoRA 'style'"):
         pipe.remove_lora('style')
+
+
+def test_loras_are_set_together_even_if_their_files_have_one_name(pipe, lora_file, tmp_path):
+    other = shutil.copy(lora_file, tmp_path / lora_file.name)
+    pipe.set_loras([(lora_file, 1.0)])
+    styled = pixels(pipe(PROMPTS[0], **QUICK)).astype(int)
+    pipe.set_loras([(lora_file, 0.25), (other, 0.75)])
+    assert np.abs(pixels(pipe(PROMPTS[0], **QUICK)) - styled).max() <= 1
+    with pytest.raises(InputError, match='is given twice'):
+        pipe.set_loras([(other, 1.0), (other, 1.0)])
+    assert len(pipe.adapters) == 2
+    pipe.set_loras([])
+    assert not pipe.adapters
+
+
+def test_a_list_can_be_drawn_in_parts(pipe):
+    whole = pixels(pipe(PROMPTS[:2], **QUICK))
+    later = pixels(pipe(PROMPTS[1:2], first=1, **QUICK))
+    assert np.abs(whole[1:].astype(int) - later).max() <= 1
 
 
 def test_an_acceleration_lora_sets_the_defaults_and_warns(pipe, lora_file, tmp_path):
@@ -346,6 +365,6 @@ def test_a_damaged_folder_is_named(copy, damage, said):
 def test_unknown_model_and_lora(pipe):
     with pytest.raises(InputError, match=r"'emojy' is neither a shipped model .* 'emoji'"):
         Pipeline.load('emojy')
-    with pytest.raises(InputError, match=r"'lmc' is neither a shipped LoRA \(lcm\) .*'lcm'"):
+    with pytest.raises(InputError, match=r"'lmc' is neither a shipped LoRA \(lcm, fluent\) .*'lcm'"):
         pipe.add_lora('lmc')
     assert not pipe.adapters

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from lcm_jax import evaluate, train
-from lcm_jax.flags import parse
+from lcm_jax.flags import read
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 GROUPS = {  # what is varied: {row: settings over the recipe}; {}: the recipe itself
@@ -58,8 +58,7 @@ def trained(workdir, settings, steps):
     file = folder / 'lcm_lora.safetensors'
     if not file.is_file():
         settings = {'train.steps': steps, 'train.save_every': steps, **settings}
-        argv = [f'--config={CONFIGS / "emoji_lcm_lora.py"}', f'--workdir={folder}']
-        train.run(*parse([*argv, *(f'--config.{k}={v}' for k, v in settings.items())])[:2])
+        train.run(read(CONFIGS / 'emoji_lcm_lora.py', settings), folder)
     return file
 
 
@@ -86,7 +85,7 @@ def main():
     loras = dict(pair for rows in groups.values() for pair in rows.values())
     ways = [{'label': 'teacher', 'sampler': 'ddim', 'steps': 50, 'guidance': 4.0}]
     ways += [{'label': k, 'sampler': 'lcm', 'lora': str(file)} for k, file in loras.items()]
-    config = parse([f'--config={CONFIGS / "eval_emoji.py"}', '--workdir=.'])[0]
+    config = read(CONFIGS / 'eval_emoji.py', {})
     config.ways = tuple(ways)
     config.sets = (('training captions', 'emoji:noto,twemoji', args.count),)
     rows = evaluate.run(config, Path(args.workdir) / 'eval')['sets'][0]['rows']

@@ -13,7 +13,8 @@ import argparse
 from pathlib import Path
 
 from lcm_jax import plan, sharding, step, workloads
-from lcm_jax.flags import parse
+from lcm_jax.flags import read
+from lcm_jax.models import shapes
 from lcm_jax.tree import count
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -29,8 +30,7 @@ FULL = {'trains': 'full', 'distill.target': 'ema', 'train.ema_decay': 0.95}
 def program(name, changes, mesh):
     """-> step.Program, (height, width) px."""
     changes = {'train.batch': 1, 'data.source': 'cache:x', **changes}
-    argv = [f'--config={CONFIGS / MODELS[name]}.py', '--workdir=.']
-    config = parse([*argv, *(f'--config.{k}={v}' for k, v in changes.items())])[0]
+    config = read(CONFIGS / f'{MODELS[name]}.py', changes)
     model = workloads.sizes_of(config.model)
     return step.program(*model, config, mesh), (config.data.resolution,) * 2, model[0]['unet']
 
@@ -49,7 +49,7 @@ def main():
     for name in args.models:
         for way, changes in (('full LCM', FULL), ('LCM-LoRA', {})):
             made, size, unet = program(name, changes, mesh)
-            whole = count(workloads.shapes.unet_shapes(unet))
+            whole = count(shapes.unet_shapes(unet))
             trained = count(made.state.params)
             kept = [plan.held(x) / 1e9 for x in (made.frozen, *made.state[2:5])]
             cells = [f'{whole:,}', f'{trained:,}', f'{trained / whole:.3f}']

@@ -75,14 +75,9 @@ class Lengths(One):
         self.tokenizer, self.ids = tokenizer, ids
 
     def length(self, j):
-        """-> name, (reason, detail) if it is broken, tokens of the caption if there is one."""
-        i = int(self.ids[j])
-        name = self.source.sample_name(i)
-        try:
-            _, caption = self.sample(i, 0, i, self.shapes[self.bucket[i]])
-        except Broken as e:
-            return name, (e.reason, e.detail), 0
-        return name, None, caption and int(self.tokenizer.cut([caption])[1][0])
+        """-> name, (reason, detail) if it is broken, tokens of the caption, if there is one."""
+        name, _, caption, fault = self.one(int(self.ids[j]))
+        return name, fault, caption and int(self.tokenizer.cut([caption])[1][0])
 
 
 def spread(sizes):

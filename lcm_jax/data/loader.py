@@ -107,16 +107,20 @@ class One(Maker):
         for bucket, ids in enumerate(self.order.groups):
             self.bucket[ids] = bucket
 
+    def one(self, i):
+        """-> name, arrays, caption, None; or name, {}, None, (reason, detail) of a broken sample."""
+        name = self.source.sample_name(i)
+        try:
+            return name, *self.sample(i, 0, i, self.shapes[self.bucket[i]]), None
+        except Broken as e:
+            return name, {}, None, (e.reason, e.detail)
+
     def item(self, i):
         """-> i, bucket, name, arrays, None; or (reason, detail) in place of arrays that are none."""
-        bucket, name = int(self.bucket[i]), self.source.sample_name(i)
-        try:
-            arrays, caption = self.sample(i, 0, i, self.shapes[bucket])
-        except Broken as e:
-            return i, bucket, name, {}, (e.reason, e.detail)
-        if self.tokenizers:
+        name, arrays, caption, fault = self.one(i)
+        if arrays and self.tokenizers:
             arrays['ids'] = self.tokens([caption])[0][0]
-        return i, bucket, name, arrays, None
+        return i, int(self.bucket[i]), name, arrays, fault
 
 
 class Loader:

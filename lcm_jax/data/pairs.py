@@ -1,6 +1,7 @@
 """Pictures and their captions in a source's own order, each once: what is measured, not trained on."""
 
 import hashlib
+import itertools
 
 import numpy as np
 
@@ -17,14 +18,9 @@ class Pairs(One):
         self.ids = np.asarray(ids)
 
     def pair(self, j):
-        """-> number, name, pixels [h,w,3] uint8, caption, None; or (reason, detail) of a broken one."""
+        """-> number, and what `one` gives."""
         i = int(self.ids[j])
-        name = self.source.sample_name(i)
-        try:
-            arrays, caption = self.sample(i, 0, i, self.shapes[self.bucket[i]])
-        except Broken as e:
-            return i, name, None, '', (e.reason, e.detail)
-        return i, name, arrays['pixels'], caption, None
+        return i, *self.one(i)
 
     def digest(self, j):
         """-> sha256 of a sample's name and its picture as it is stored, or of why it cannot be read."""
@@ -56,13 +52,21 @@ def pairs(source, settings, ids):
     if source.encoded:
         raise InputError(f'{source.name} holds no pictures; name what it was made of')
     reader, broken, given = Pairs(source, settings, ids), Drops(), 0
-    for number, name, pixels, caption, fault in iterate(reader.pair, range(len(ids)), settings):
+    for number, name, arrays, caption, fault in iterate(reader.pair, range(len(ids)), settings):
         if fault:
             broken.add(fault[0], name, fault[1])
         else:
             given += 1
-            yield number, pixels, caption
+            yield number, arrays['pixels'], caption
     broken.check(source.name, given, settings.max_dropped)
+
+
+def batches(samples, size):
+    """Iterator of (number, picture, caption) -> iterator of (numbers [b], pictures [b,h,w,3]), b <= size."""
+    samples = iter(samples)
+    while some := [*itertools.islice(samples, size)]:
+        numbers, pictures, _ = zip(*some, strict=True)
+        yield np.array(numbers), np.stack(pictures)
 
 
 def content(source, settings, ids):
