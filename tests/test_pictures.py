@@ -104,7 +104,7 @@ def blob(width=31, height=33):
 
 def feed(monkeypatch, theirs, seed, n, total, encoded):
     """Gives diffusers the noise that we draw: start, steps, and that of the pictures encoded."""
-    noise = samplers.fresh(module._keys(np.uint32(seed), n))
+    noise = samplers.fresh(module._keys(np.uint32(seed), np.uint32(0), n))
 
     def source(numbers):
         def randn(shape, **kwargs):
