@@ -63,9 +63,13 @@ class Feed:
         return open_source(f'cache:{folder}', self.settings, self.config.model)
 
     def made_of(self, name):
-        """All that a cache depends on -> {key of the config: value}, 'source' being the name."""
+        """All that a cache depends on -> {key of the config: value}.
+
+        'source' is the name, 'weights.PART' what the encoders' weights are known by.
+        """
         config, settings = self.config, dataclasses.asdict(self.settings)
         kept = {f'data.{k}': x for k, x in settings.items() if k not in HOW}
+        kept |= {f'weights.{k}': x for k, x in self.model.marks(self.model.encoders).items()}
         return {k: config[k] for k in ('model', 'dtype', 'vae_dtype')} | kept | {'source': name}
 
     def fill(self, source, folder, made_of):

@@ -39,6 +39,10 @@ class Model:
         check_channels(self.specs['unet'], self.specs['vae'], self.checkpoint.folder)
         return found
 
+    def marks(self, parts):
+        """Names of components -> {component: what its weights are known by}, see `Checkpoint.mark`."""
+        return {part: self.sources[part].mark(part) for part in parts}
+
     def tokenizers(self):
         """-> a Tokenizer for each text encoder."""
         names = (part.replace('text_encoder', 'tokenizer') for part in self.family.text_encoders)

@@ -60,8 +60,9 @@ def set_aside(folder):
 class Saves:
     """The checkpoints in a folder: the newest `keep`, and the best by the metric `best`, if any.
 
-    recipe: the run's config, {'train.lr': value, ...}, kept beside the state. Every process calls
-    `save`. Raises InputError when what is there is of another recipe, or all of it damaged.
+    recipe: the run's config, {'train': {'lr': value}, ...}, and what its base's weights are known by;
+    kept beside the state. Every process calls `save`. Raises InputError when what is there is of
+    another recipe, or all of it damaged.
     """
 
     def __init__(self, folder, recipe, *, keep=2, best=''):

@@ -45,7 +45,8 @@ def run(config, workdir):
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
     feed = Feed(model, config, mesh, workdir)
-    with Saves(workdir / 'checkpoints', config.to_dict(), keep=c.keep, best=c.best) as saves:
+    recipe = config.to_dict() | {'weights': model.marks(['unet'])}
+    with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
         there = place(model, prog, config, mesh, feed.sizes[0])
         state = there.state

@@ -365,6 +365,8 @@ def test_a_damaged_folder_is_named(copy, damage, said):
 def test_unknown_model_and_lora(pipe):
     with pytest.raises(InputError, match=r"'emojy' is neither a shipped model .* 'emoji'"):
         Pipeline.load('emojy')
-    with pytest.raises(InputError, match=r"'lmc' is neither a shipped LoRA \(lcm, fluent\) .*'lcm'"):
+    with pytest.raises(
+        InputError, match=r"'lmc' is neither a shipped LoRA \(lcm, fluent\) .*'lcm'"
+    ):
         pipe.add_lora('lmc')
     assert not pipe.adapters

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 import runs
+from safetensors.numpy import load_file, save_file
 
 from lcm_jax import demo, feed, metrics, sharding, step, train
 from lcm_jax.data.emoji import emoji
@@ -364,6 +365,17 @@ def test_a_cache_of_something_else_is_refused(model, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             runs.run(model, tmp_path, data__cache=True, train__steps=1, **changes)
+
+
+@pytest.mark.parametrize('part', ['unet', 'vae', 'text_encoder'])
+def test_other_weights_under_the_same_name_are_refused(tmp_path, part):
+    model = runs.write_tiny(tmp_path / 'tiny')
+    runs.run(model, tmp_path / 'run', data__cache=True, train__steps=1)
+    (file,) = (model / part).glob('*.safetensors')
+    tensors = load_file(file)
+    save_file({key: np.float32(1.01) * x for key, x in tensors.items()}, file)
+    with pytest.raises(InputError, match=rf"weights\.{part} = '\w+' \(now '\w+'\)"):
+        runs.run(model, tmp_path / 'run', data__cache=True, train__steps=2)
 
 
 # --- what is exported
