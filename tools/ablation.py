@@ -20,6 +20,7 @@ GROUPS = {  # what is varied: {row: settings over the recipe}; {}: the recipe it
         'k = 10': {'distill.solver_steps': 100},
         'k = 20': {},
         'k = 50': {'distill.solver_steps': 20},
+        'k = 100': {'distill.solver_steps': 10},
     },
     'solver': {
         'DDIM': {},
