@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from lcm_jax import judge, report, sharding
@@ -38,6 +39,8 @@ from lcm_jax.peers import Peers
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.samplers import SAMPLERS
 from lcm_jax.tree import digest
+
+MADE_OF = 'made_of'  # in a cell's files: all that it depends on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,9 +214,10 @@ class Bench:
         row = known(stem.with_name(f'{stem.name}.json'), made)
         kept = stem.with_name(f'{stem.name}-{self.process}of{self.processes}.npz')
         lacks = row is None or (is_reference and not kept.is_file())
-        lacks |= bool(made['prompts']) and not stem.with_name(f'{stem.name}.png').is_file()
         if any(sharding.gathered(b'1' if lacks else b'')):  # all draw, or none
             row = self.measured(cell, made, stem, kept if is_reference else None)
+        if self.process == 0:
+            self.illustrate(cell, made, stem.with_name(f'{stem.name}.png'))
         if is_reference:
             with np.load(kept) as found:
                 self.reference = dict(
@@ -222,17 +226,17 @@ class Bench:
         return row
 
     def made_of(self, cell):
-        """All that a cell's numbers depend on."""
+        """All that a cell's numbers depend on, besides the code."""
         c = self.artist.config
         return {
             **{k: v for k, v in dataclasses.asdict(cell).items() if k != 'label'},
             **{'weights': self.artist.weights(cell), 'source': self.source},
             **{k: c[k] for k in ('seed', 'dtype', 'batch', 'paired', 'resolution')},
-            **{'prompts': list(c.prompts), **self.judging.protocol},
+            **self.judging.protocol,
         }
 
     def measured(self, cell, made, stem, keep):
-        """Draw and measure -> the row, written beside the grid's pictures. keep: file for the first ones."""
+        """Draw and measure -> the row, written. keep: file for the first pictures."""
         self.folder.mkdir(parents=True, exist_ok=True)
         batches = self.artist.batches(cell, self.judging.captions, self.process, self.processes)
         if keep:
@@ -243,12 +247,19 @@ class Bench:
             **self.judging(batches, self.reference),
         }
         if self.process == 0:
-            prompts = list(self.artist.config.prompts)
-            drawn = [x for _, pictures, _ in self.artist.batches(cell, prompts) for x in pictures]
-            if drawn:
-                Image.fromarray(np.concatenate(drawn, 1)).save(stem.with_name(f'{stem.name}.png'))
-            write(stem.with_name(f'{stem.name}.json'), {**row, 'made_of': made})
+            write(stem.with_name(f'{stem.name}.json'), {**row, MADE_OF: made})
         return row
+
+    def illustrate(self, cell, made, file):
+        """Draw the config's prompts for the grid, side by side, unless the file shows just these."""
+        prompts = list(self.artist.config.prompts)
+        shows = json.dumps({**made, 'prompts': prompts})
+        if not prompts or shown(file) == shows:
+            return
+        drawn = [x for _, pictures, _ in self.artist.batches(cell, prompts) for x in pictures]
+        info = PngInfo()
+        info.add_text(MADE_OF, shows)
+        Image.fromarray(np.concatenate(drawn, 1)).save(file, pnginfo=info)
 
 
 def keeping(batches, most, file):
@@ -267,7 +278,16 @@ def known(file, made):
         row = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return row if row.pop('made_of') == json.loads(json.dumps(made)) else None
+    return row if row.pop(MADE_OF) == json.loads(json.dumps(made)) else None
+
+
+def shown(file):
+    """What the grid's pictures in a file were made of; '' if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return image.info.get(MADE_OF, '')
+    except OSError:
+        return ''
 
 
 def opened(config, name):

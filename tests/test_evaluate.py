@@ -127,11 +127,13 @@ def test_cells_are_measured_once_and_again_if_anything_changed(model, tmp_path, 
     drawn.clear()
     assert evaluate.run(config(model), tmp_path) == first and not drawn
     (tmp_path / 'cells' / 'some' / 'few-guidance-1-2-steps.json').write_text('{"half')
-    assert (
-        evaluate.run(config(model), tmp_path)['sets'][0]['rows'][3]['fid']
-        == first['sets'][0]['rows'][3]['fid']
-    )
+    again = evaluate.run(config(model), tmp_path)
+    assert again['sets'][0]['rows'][3]['fid'] == first['sets'][0]['rows'][3]['fid']
     assert {*drawn} == {'few, guidance 1, 2 steps'}
+    drawn.clear()
+    other = config(model)
+    other.prompts = ('a cow',)  # for the grid only
+    assert evaluate.run(other, tmp_path) == again and len(drawn) == 5
     drawn.clear()
     pairs_of = evaluate.pairs
 
