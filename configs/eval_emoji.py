@@ -29,8 +29,8 @@ def get_config():
         'red heart, emotion, heart, love, red, noto emoji',
         'cat face, animal, cat, face, kitten, kitty, pet, twemoji',
         'strawberry, berry, fruit, noto emoji',
-        'a purple heart, twemoji',
-        'airplane, aeroplane, noto emoji',
+        'purple heart, bestest, emotion, heart, ily, love, purple, twemoji',
+        'airplane, aeroplane, fly, flying, jet, plane, travel, noto emoji',
         'robot, face, monster, twemoji',
     )
     return c

@@ -55,7 +55,7 @@ def get_config():
         'red heart, emotion, heart, love, red, fluent 3d emoji',
         'cat face, animal, cat, face, kitten, kitty, pet, fluent 3d emoji',
         'strawberry, berry, fruit, fluent 3d emoji',
-        'airplane, aeroplane, fluent 3d emoji',
+        'airplane, aeroplane, fly, flying, jet, plane, travel, fluent 3d emoji',
         'robot, face, monster, fluent 3d emoji',
     )
     return c
