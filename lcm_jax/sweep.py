@@ -66,17 +66,15 @@ def sweep(
         cell: metrics.cosines(network.images(pictures), texts) for cell, pictures in drawn.items()
     }
     kind = 'scale' if scales else 'guidance'
+    columns = [f'{n} step{"s" if n > 1 else ""}' for n in steps]
     rows = [(i, value) for i in range(len(prompts)) for value in scales or guidance]
     picture = grid(
         [f'{prompts[i]}\n{kind} {value:g}' for i, value in rows],
-        [f'{n} steps' for n in steps],
+        columns,
         [[drawn[value, n][i] for n in steps] for i, value in rows],
         notes=[[f'{scores[value, n][i]:.1f}' for n in steps] for i, value in rows],
     )
-    lines = [
-        '| | ' + ' | '.join(f'{n} steps' for n in steps) + ' |',
-        '|---' * (len(steps) + 1) + '|',
-    ]
+    lines = [f'| | {" | ".join(columns)} |', '|---' * (len(steps) + 1) + '|']
     for value in scales or guidance:
         means = ' | '.join(f'{np.mean(scores[value, n]):.1f}' for n in steps)
         lines.append(f'| {kind} {value:g} | {means} |')
