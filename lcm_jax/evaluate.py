@@ -92,8 +92,8 @@ def cells_of(way, config):
 
 
 def terms(lora):
-    """'FILE:SCALE + FILE:SCALE' -> [(file, scale)]; a scale that is not given is 1."""
-    return [term(text.strip()) for text in lora.split('+') if text.strip()]
+    """'FILE:SCALE + FILE:SCALE' -> [(file, scale)]; a scale that is not given is 1. Files may have a '+'."""
+    return [term(text) for text in re.split(r'\s+\+\s+', lora.strip()) if text]
 
 
 class Artist:

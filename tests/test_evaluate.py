@@ -360,3 +360,9 @@ def test_help_of_the_program():
         check=True,
     )
     assert '--config=configs/eval_NAME.py' in out.stdout
+
+
+def test_loras_of_a_way_are_parted_by_a_plus_between_spaces():
+    assert evaluate.terms('') == []
+    assert evaluate.terms(' fluent:0.8 + lcm ') == [('fluent', 0.8), ('lcm', 1.0)]
+    assert evaluate.terms('runs/dpm++/a.safetensors') == [('runs/dpm++/a.safetensors', 1.0)]
