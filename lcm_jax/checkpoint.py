@@ -63,9 +63,10 @@ class Checkpoint:
         return weights.cover(want, self.open(part), self.folder / part)
 
     def mark(self, part):
-        """Component -> 12 hexadecimal digits that other weights would not have: a hash of some matrices.
+        """Component -> 12 hexadecimal digits by which its weights are known: a hash of some matrices.
 
-        It reads MARKED tensors only, spread over the component; merged LoRAs and any training show.
+        It reads MARKED tensors at most, spread over the component, so a full training shows, and so does a
+        LoRA merged into all of its attention; a change of other tensors alone does not.
         """
         found = self.tensors(part)
         names = sorted(name for name, x in found.items() if x.ndim > 1)

@@ -259,7 +259,9 @@ class Bench:
         drawn = [x for _, pictures, _ in self.artist.batches(cell, prompts) for x in pictures]
         info = PngInfo()
         info.add_text(MADE_OF, shows)
-        Image.fromarray(np.concatenate(drawn, 1)).save(file, pnginfo=info)
+        part = file.with_name(f'.part-{file.name}')
+        Image.fromarray(np.concatenate(drawn, 1)).save(part, pnginfo=info)
+        os.replace(part, file)  # it appears whole
 
 
 def keeping(batches, most, file):
