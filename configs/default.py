@@ -46,7 +46,8 @@ def get_config():
 
     c.distill = ml_collections.ConfigDict()
     c.distill.solver = 'ddim'  # of the teacher's step: ddim; dpm or dpm++ (two evaluations)
-    c.distill.solver_steps = 50  # N: times at which the LCM is defined; the skip is 1000 / N
+    c.distill.solver_steps = 50  # N: times at which the LCM is defined, 1000 / N apart
+    c.distill.skip = 0  # k: length of the teacher's step, a multiple of 1000 / N; 0: 1000 / N
     c.distill.w = (
         'script'  # guidance of the teacher in the papers' convention (usual scale: 1 + w):
     )

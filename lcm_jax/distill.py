@@ -83,21 +83,27 @@ def each(key, rows):
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
 
-def draw(key, rows, shape, *, steps, total, w_range):
+def draw(key, rows, shape, *, steps, total, w_range, skip=0):
     """Draws for the rows [B] of the global batch: each one's own, whatever the batch around it.
 
-    t is one of `steps` solver times k i - 1, i = 1..steps, k = total // steps; w is uniform in
-    w_range; shape is that of one z. Raises InputError unless 1 <= steps <= total.
+    t is one of `steps` solver times d i - 1, i = 1..steps, d = total // steps; s = t - skip, or 0
+    before the first; a skip of 0 is d. w is uniform in w_range; shape is that of one z. Raises
+    InputError unless 1 <= steps <= total and skip is a multiple of d, so that s is a solver time too.
     """
     if not 1 <= steps <= total:
         raise InputError(f'{steps} solver steps; a schedule of {total} times takes 1 to {total}')
-    k = total // steps
+    apart = total // steps
+    if not 0 <= skip <= total or skip % apart:
+        raise InputError(
+            f'skip = {skip}; give a multiple of {apart}, how far {steps} solver steps are apart'
+        )
+    skip = skip or apart
 
     def one(key):
         noise, time, guide = jax.random.split(key, 3)
-        t = k * jax.random.randint(time, (), 1, steps + 1) - 1
+        t = apart * jax.random.randint(time, (), 1, steps + 1) - 1
         w = jax.random.uniform(guide, (), minval=w_range[0], maxval=w_range[1])
-        return Draws(jax.random.normal(noise, shape), t, jnp.maximum(t - k, 0), w)
+        return Draws(jax.random.normal(noise, shape), t, jnp.maximum(t - skip, 0), w)
 
     return jax.vmap(one)(each(key, rows))
 

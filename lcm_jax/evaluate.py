@@ -40,7 +40,7 @@ from lcm_jax.pipeline import Pipeline
 from lcm_jax.samplers import SAMPLERS
 from lcm_jax.tree import digest
 
-MADE_OF = 'made_of'  # in a cell's files: all that it depends on
+MADE_OF = 'made_of'  # in files: all that they depend on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +122,14 @@ class Artist:
             self.known[key] = digest(self.set(cell).merged)
         return self.known[key]
 
+    def made_of(self, cell):
+        """All that a picture depends on besides its prompt, its number and the code."""
+        return {
+            **{k: v for k, v in dataclasses.asdict(cell).items() if k != 'label'},
+            **{'weights': self.weights(cell)},
+            **{k: self.config[k] for k in ('seed', 'dtype', 'batch')},
+        }
+
     def draw(self, cell, prompts, first):
         """-> pictures [N,H,W,3] uint8 of prompts [N], with the noise of numbers from `first` on."""
         pipe = self.set(cell)
@@ -180,6 +188,9 @@ def run(config, workdir):
         for cell in tqdm(cells, desc=name, disable=jax.process_index() > 0):
             rows.append(bench.row(cell, cell == reference))
         results.append({'set': name, 'source': source, 'rows': rows, 'folder': slug(name)})
+    if jax.process_index() == 0:
+        for cell in cells if config.prompts else ():
+            illustrate(artist, cell, workdir / 'grid' / f'{slug(cell.name)}.png')
     results = {'protocol': protocol(config, networks, real), 'sets': results}
     if jax.process_index() == 0:
         write(workdir / 'results.json', results)
@@ -216,8 +227,6 @@ class Bench:
         lacks = row is None or (is_reference and not kept.is_file())
         if any(sharding.gathered(b'1' if lacks else b'')):  # all draw, or none
             row = self.measured(cell, made, stem, kept if is_reference else None)
-        if self.process == 0:
-            self.illustrate(cell, made, stem.with_name(f'{stem.name}.png'))
         if is_reference:
             with np.load(kept) as found:
                 self.reference = dict(
@@ -229,9 +238,8 @@ class Bench:
         """All that a cell's numbers depend on, besides the code."""
         c = self.artist.config
         return {
-            **{k: v for k, v in dataclasses.asdict(cell).items() if k != 'label'},
-            **{'weights': self.artist.weights(cell), 'source': self.source},
-            **{k: c[k] for k in ('seed', 'dtype', 'batch', 'paired', 'resolution')},
+            **self.artist.made_of(cell),
+            **{'source': self.source, 'paired': c.paired, 'resolution': c.resolution},
             **self.judging.protocol,
         }
 
@@ -249,19 +257,6 @@ class Bench:
         if self.process == 0:
             write(stem.with_name(f'{stem.name}.json'), {**row, MADE_OF: made})
         return row
-
-    def illustrate(self, cell, made, file):
-        """Draw the config's prompts for the grid, side by side, unless the file shows just these."""
-        prompts = list(self.artist.config.prompts)
-        shows = json.dumps({**made, 'prompts': prompts})
-        if not prompts or shown(file) == shows:
-            return
-        drawn = [x for _, pictures, _ in self.artist.batches(cell, prompts) for x in pictures]
-        info = PngInfo()
-        info.add_text(MADE_OF, shows)
-        part = file.with_name(f'.part-{file.name}')
-        Image.fromarray(np.concatenate(drawn, 1)).save(part, pnginfo=info)
-        os.replace(part, file)  # it appears whole
 
 
 def keeping(batches, most, file):
@@ -281,6 +276,21 @@ def known(file, made):
     except (OSError, ValueError):
         return None
     return row if row.pop(MADE_OF) == json.loads(json.dumps(made)) else None
+
+
+def illustrate(artist, cell, file):
+    """Draw the config's prompts for the grid, side by side, unless the file shows just these."""
+    prompts = list(artist.config.prompts)
+    shows = json.dumps({**artist.made_of(cell), 'prompts': prompts})
+    if shown(file) == shows:
+        return
+    drawn = [x for _, pictures, _ in artist.batches(cell, prompts) for x in pictures]
+    info = PngInfo()
+    info.add_text(MADE_OF, shows)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f'.part-{file.name}')
+    Image.fromarray(np.concatenate(drawn, 1)).save(part, pnginfo=info)
+    os.replace(part, file)  # it appears whole
 
 
 def shown(file):

@@ -21,7 +21,8 @@ def recipe(config):
     said = {'lcm_jax.objective': config.objective}
     if config.objective == 'denoise':
         return said
-    distil = {k: str(config.distill[k]) for k in ('w', 'solver', 'solver_steps')}
+    keys = ('w', 'solver', 'solver_steps', 'skip')
+    distil = {k: str(config.distill[k]) for k in keys if config.distill[k]}
     return said | {'lcm_jax.accelerates': 'true'} | {f'lcm_jax.{k}': v for k, v in distil.items()}
 
 

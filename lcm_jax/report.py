@@ -32,24 +32,25 @@ PLOTTED = ('fid', 'clip', 'lpips')
 
 
 def write(workdir, results, title, prompts):
-    """report.md, quality-SET.png and grid-SET.png of results as `evaluate.run` makes them."""
+    """report.md, quality-SET.png and grid.png of results as `evaluate.run` makes them."""
     for one in results['sets']:
         plot(one['rows']).savefig(workdir / f'quality-{one["folder"]}.png', dpi=100)
-        if prompts:
-            picture_grid(workdir, one, prompts).save(workdir / f'grid-{one["folder"]}.png')
+    if prompts:
+        rows = results['sets'][0]['rows']
+        picture_grid(workdir / 'grid', rows, prompts).save(workdir / 'grid.png')
     (workdir / 'report.md').write_text(markdown(results, title, prompts))
 
 
 def markdown(results, title, prompts):
     """-> the report: a table of ways x steps for each metric and set, and the protocol."""
     lines = [f'# {title}', ''] if title else []
+    lines += ['![pictures](grid.png)', ''] if prompts else []
     for one in results['sets']:
         n = one['rows'][0]['n']
         lines += [f'## {one["set"]}', '', f'{n:,} captions of `{one["source"]}`', '']
         for metric in METRICS:
             lines += table(one['rows'], metric)
         lines += [f'![quality](quality-{one["folder"]}.png)', '']
-        lines += [f'![pictures](grid-{one["folder"]}.png)', ''] if prompts else []
     return '\n'.join([*lines, *said(results)]) + '\n'
 
 
@@ -140,12 +141,12 @@ def plot(rows):
     return figure
 
 
-def picture_grid(workdir, one, prompts):
+def picture_grid(folder, rows, prompts):
     """A set's cells as columns, the config's prompts as rows -> PIL image."""
-    rows = [r for r in one['rows'] if r.get('file')]
+    rows = [r for r in rows if r.get('file')]
     columns = []
     for r in rows:
-        with Image.open(workdir / 'cells' / one['folder'] / f'{r["file"]}.png') as strip:
+        with Image.open(folder / f'{r["file"]}.png') as strip:
             side = strip.width // len(prompts)
             columns.append(
                 [

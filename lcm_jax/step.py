@@ -220,6 +220,7 @@ def make_loss(specs, family, schedule, config, objective, student, unet):
         steps=distill.solver_steps if objective.target else total,  # denoising: at any time
         total=total,
         w_range=w_range(distill.w),
+        skip=distill.skip,
     )
     measure, pick = objective.bind(distill), TARGETS[distill.target]
     encoders = {part: specs[part] for part in ('vae', *family.text_encoders)}

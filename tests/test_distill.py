@@ -169,10 +169,11 @@ def many_draws():
     return drawn(np.arange(4000))
 
 
-@functools.partial(jax.jit, static_argnames='steps')
-def drawn(indices, steps=50, key=0):
+@functools.partial(jax.jit, static_argnames=('steps', 'skip'))
+def drawn(indices, steps=50, skip=0, key=0):
     key = jax.random.key(key)
-    return draw(key, indices, (2, 2, 4), steps=steps, total=1000, w_range=(5.0, 15.0))
+    w = (5.0, 15.0)
+    return draw(key, indices, (2, 2, 4), steps=steps, total=1000, w_range=w, skip=skip)
 
 
 def test_draws_cover_the_solver_times_and_the_guidance_range():
@@ -186,6 +187,9 @@ def test_draws_cover_the_solver_times_and_the_guidance_range():
     few = drawn(np.arange(4000), steps=4)
     assert sorted(set(few.t.tolist())) == [249, 499, 749, 999]
     assert sorted(set(few.s.tolist())) == [0, 249, 499, 749]
+    far = drawn(np.arange(4000), skip=60)
+    np.testing.assert_array_equal(far.t, draws.t)
+    np.testing.assert_array_equal(far.s, np.maximum(draws.t - 60, 0))
 
 
 def test_a_samples_draw_is_its_own():
@@ -202,6 +206,12 @@ def test_a_samples_draw_is_its_own():
 def test_solver_steps_out_of_range_are_refused(steps):
     with pytest.raises(InputError, match=f'{steps} solver steps; a schedule of 1000 times'):
         drawn(np.arange(2), steps=steps)
+
+
+@pytest.mark.parametrize('skip', [-20, 30, 1020])
+def test_skips_that_lead_to_no_solver_time_are_refused(skip):
+    with pytest.raises(InputError, match=f'skip = {skip}; give a multiple of 20'):
+        drawn(np.arange(2), skip=skip)
 
 
 def test_unknown_names_are_refused():

@@ -103,7 +103,7 @@ def test_report_says_what_was_measured(done):
     assert 'FID (lower is better)' in text and '24 captions of `emoji-heldout:noto`' in text
     assert 'biased upwards' in text and 'emoji' in text
     with (
-        Image.open(workdir / 'grid-some.png') as grid,
+        Image.open(workdir / 'grid.png') as grid,
         Image.open(workdir / 'quality-some.png') as p,
     ):
         assert min(*grid.size, *p.size) > 100

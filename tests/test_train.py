@@ -470,7 +470,7 @@ def test_demo_writes_everything(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(demo, 'evaluation', short)
     demo.demo(tmp_path, steps=2)
-    assert (tmp_path / 'grid-training-captions.png').stat().st_size > 20_000
+    assert (tmp_path / 'grid.png').stat().st_size > 20_000
     report = (tmp_path / 'report.md').read_text()
     assert 'shipped LCM-LoRA' in report and 'real pictures' in report
     assert list((tmp_path / 'train').glob('events*'))
