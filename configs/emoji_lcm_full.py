@@ -12,7 +12,8 @@ def get_config():
     c.trains = 'full'
     c.data.source = 'emoji:noto,twemoji'
     c.data.cache = True
-    c.distill.w = '2:4'
+    c.distill.w = '2:7'
+    c.distill.skip = 40
     c.distill.target = 'ema'
     c.train.steps = 1000
     c.train.lr = 2e-4

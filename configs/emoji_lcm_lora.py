@@ -11,10 +11,13 @@ def get_config():
     c = runpy.run_path(str(Path(__file__).with_name('default.py')))['get_config']()
     c.data.source = 'emoji:noto,twemoji'
     c.data.cache = True
-    c.lora.rank = 32
+    c.lora.rank = 16
     c.distill.w = '2:4'
-    c.train.steps = 1500
-    c.train.lr = 1e-3
+    c.distill.skip = 40
+    c.distill.huber_c = 0.1
+    c.distill.target = 'ema'
+    c.train.steps = 800
+    c.train.lr = 5e-4
     c.train.decay = True
     c.train.ema_decay = 0.98
     c.export.name = 'lcm_lora'

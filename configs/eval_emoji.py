@@ -1,5 +1,6 @@
-"""Table 1 of the LCM paper on the emoji: DDIM, DPM-Solver, DPM-Solver++ and LCM-LoRA in few steps.
+"""Table 1 of the LCM paper on the emoji: DDIM, DPM-Solver, DPM-Solver++, LCM and LCM-LoRA in few steps.
 
+lcm-jax train --config configs/emoji_lcm_full.py --workdir runs/emoji_lcm_full
 lcm-jax evaluate --config configs/eval_emoji.py --workdir runs/eval_emoji
 """
 
@@ -19,6 +20,7 @@ def get_config():
         {'label': 'DPM-Solver', 'sampler': 'dpm', **TEACHER},
         {'label': 'DPM-Solver++', 'sampler': 'dpm++', **TEACHER},
         {'label': 'LCM-LoRA', 'sampler': 'lcm', 'lora': 'lcm'},
+        {'label': 'LCM, full', 'sampler': 'lcm', 'model': 'runs/emoji_lcm_full/lcm', **TEACHER},
     )
     c.sets = (
         ('training captions', 'emoji:noto,twemoji', 1024),

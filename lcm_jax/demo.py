@@ -8,7 +8,6 @@ from lcm_jax import evaluate, train
 from lcm_jax.flags import read
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-RANK = 16  # half of the config's: under four minutes on two cores at 400 steps
 COUNT = 160  # pictures that each way of drawing is measured by
 
 
@@ -40,7 +39,6 @@ def demo(out, steps=400):
 def training(steps):
     """configs/emoji_lcm_lora.py in a short form."""
     settings = {
-        'lora.rank': RANK,
         'train.steps': steps,
         'train.warmup': steps // 20,
         'train.log_every': 10,

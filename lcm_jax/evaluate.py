@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from lcm_jax import judge, report, sharding
 from lcm_jax.adapters import find, term
+from lcm_jax.checkpoint import open_model
 from lcm_jax.data.pairs import pairs, picked
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
@@ -172,6 +173,8 @@ def run(config, workdir):
     twice = {c.name for c in cells if [slug(d.name) for d in cells].count(slug(c.name)) > 1}
     if twice:
         raise InputError(f'two ways would be called {min(twice)!r}; give each a label of its own')
+    for model in dict.fromkeys(cell.model for cell in cells):
+        open_model(model)  # all are there before anything is drawn
     features = open_features(config.features, mesh=artist.mesh)
     networks = judge.Networks(
         features,

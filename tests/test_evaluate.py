@@ -161,6 +161,10 @@ def test_cells_are_measured_once_and_again_if_anything_changed(model, tmp_path, 
         ({'label': 'a', 'sampler': 'dimm'}, "unknown sampler 'dimm'"),
         ({'label': 'a', 'sampler': 'ddim', 'lora': 'lmc:1'}, 'lmc'),
         (
+            {'label': 'a', 'sampler': 'lcm', 'model': 'runs/no/lcm'},
+            "'runs/no/lcm' is neither a shipped model",
+        ),
+        (
             {'label': 'First', 'sampler': 'dpm', 'steps': 1},
             "two ways would be called 'First, 1 step'",
         ),
