@@ -190,10 +190,9 @@ def run(config, workdir):
         rows = [judging.real_row(own)]
         for cell in tqdm(cells, desc=name, disable=jax.process_index() > 0):
             rows.append(bench.row(cell, cell == reference))
+            if jax.process_index() == 0 and config.prompts:
+                illustrate(artist, cell, workdir / 'grid' / f'{slug(cell.name)}.png')
         results.append({'set': name, 'source': source, 'rows': rows, 'folder': slug(name)})
-    if jax.process_index() == 0:
-        for cell in cells if config.prompts else ():
-            illustrate(artist, cell, workdir / 'grid' / f'{slug(cell.name)}.png')
     results = {'protocol': protocol(config, networks, real), 'sets': results}
     if jax.process_index() == 0:
         write(workdir / 'results.json', results)
