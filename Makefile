@@ -22,7 +22,7 @@ demo: $(VENV)/core
 	$(BIN)/lcm-jax demo --out demo-out
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

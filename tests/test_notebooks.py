@@ -5,6 +5,7 @@ import concurrent.futures
 import getpass
 import re
 import socket
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -99,6 +100,10 @@ def test_it_tells_nothing_of_the_machine(notebook):
 def test_it_installs_then_looks_for_an_accelerator(notebook):
     first, second, *_ = code(notebook)
     assert "if not importlib.util.find_spec('lcm_jax')" in first.source and '%pip' in first.source
+    extras = tomllib.loads((FOLDER.parent / 'pyproject.toml').read_text())['project'][
+        'optional-dependencies'
+    ]
+    assert {*re.findall(r'\[([\w,]+)\]', first.source)} <= extras.keys()
     assert ''.join(texts(first)) == 'lcm_jax is installed\n'
     assert 'jax.devices()' in second.source
 

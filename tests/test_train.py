@@ -459,16 +459,22 @@ def test_a_part_of_the_unet_is_trained(model, tmp_path):
 
 
 def test_demo_writes_everything(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(demo, 'COUNT', 16)
-    evaluation = demo.evaluation
+    training, evaluation = demo.training, demo.evaluation
 
-    def short(*args):
+    def short_training(steps):
+        config = training(steps)
+        config.data.source = 'emoji-heldout:noto'
+        return config
+
+    def short_evaluation(*args):
         config = evaluation(*args)
         config.ways = ({'label': 'teacher', 'sampler': 'ddim', 'steps': 2}, config.ways[-1])
         config.real = 'emoji-heldout:noto'
         return config
 
-    monkeypatch.setattr(demo, 'evaluation', short)
+    monkeypatch.setattr(demo, 'COUNT', 16)
+    monkeypatch.setattr(demo, 'training', short_training)
+    monkeypatch.setattr(demo, 'evaluation', short_evaluation)
     demo.demo(tmp_path, steps=2)
     assert (tmp_path / 'grid.png').stat().st_size > 20_000
     report = (tmp_path / 'report.md').read_text()
