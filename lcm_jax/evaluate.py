@@ -15,6 +15,7 @@ import re
 import sys
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import jax
@@ -88,6 +89,8 @@ def cells_of(way, config):
     for guidance, steps in itertools.product(
         np.atleast_1d(way.guidance).tolist(), np.atleast_1d(way.steps or config.steps).tolist()
     ):
+        if steps < 1:
+            raise InputError(f'ways ({way.label}): steps = {steps}: must be at least 1')
         label = f'{way.label}, guidance {guidance:g}' if several else way.label
         yield Cell(label, way.model or config.model, way.lora, way.sampler, guidance, int(steps))
 
@@ -116,18 +119,23 @@ class Artist:
             self.set_to = cell.model, cell.lora
         return self.pipe
 
-    def weights(self, cell):
-        """Hash of all parameters that the cell draws with."""
+    def drawn_with(self, cell):
+        """-> {'weights': hash of the parameters, 'settings': of what the model's files say besides}."""
         key = cell.model, cell.lora
         if key not in self.known:
-            self.known[key] = digest(self.set(cell).merged)
+            pipe = self.set(cell)
+            said = pipe.schedule._replace(abar=np.asarray(pipe.schedule.abar).tolist())
+            self.known[key] = {
+                'weights': digest(pipe.merged),
+                'settings': digest({}, said, repr(pipe.specs), pipe.size),
+            }
         return self.known[key]
 
     def made_of(self, cell):
-        """All that a picture depends on besides its prompt, its number and the code."""
+        """All that a picture depends on besides its prompt, its number, the tokenizers and the code."""
         return {
             **{k: v for k, v in dataclasses.asdict(cell).items() if k != 'label'},
-            **{'weights': self.weights(cell)},
+            **self.drawn_with(cell),
             **{k: self.config[k] for k in ('seed', 'dtype', 'batch')},
         }
 
@@ -135,7 +143,7 @@ class Artist:
         """-> pictures [N,H,W,3] uint8 of prompts [N], with the noise of numbers from `first` on."""
         pipe = self.set(cell)
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # captions of data sets are cut as in training
+            warnings.filterwarnings('ignore', 'prompt of')  # captions are cut as in training
             return pixels(
                 pipe(
                     prompts,
@@ -165,31 +173,24 @@ class Artist:
 def run(config, workdir):
     """Measure all cells of a config -> the results, as in results.json; writes all into `workdir`."""
     workdir, artist = Path(workdir), Artist(config)
-    cells = [cell for way in config.ways for cell in cells_of(way, config)]
-    reference = config.reference and choose(
-        'reference', config.reference, {cell.label: cell for cell in cells}
-    )
-    cells.sort(key=lambda cell: cell != reference)  # it comes first
-    twice = {c.name for c in cells if [slug(d.name) for d in cells].count(slug(c.name)) > 1}
-    if twice:
-        raise InputError(f'two ways would be called {min(twice)!r}; give each a label of its own')
-    for model in dict.fromkeys(cell.model for cell in cells):
-        open_model(model)  # all are there before anything is drawn
+    cells, reference = planned(config)
     features = open_features(config.features, mesh=artist.mesh)
     networks = judge.Networks(
         features,
         features if config.clip == config.features else config.clip and open_features(config.clip),
         config.lpips and open_lpips(config.lpips),
     )
+    for name in dict.fromkeys(source for _, source, _ in config.sets):
+        opened(config, name)
     real = statistics_of(features, *opened(config, config.real))
     results = []
     for name, source, count in config.sets:
         captions, own = captions_of(config, source, count)
         judging = judge.Judge(networks, captions, real)
-        bench = Bench(artist, judging, source, workdir / 'cells' / slug(name))
+        bench = Bench(artist, judging, source, workdir / 'cells' / slug(name), reference)
         rows = [judging.real_row(own)]
         for cell in tqdm(cells, desc=name, disable=jax.process_index() > 0):
-            rows.append(bench.row(cell, cell == reference))
+            rows.append(bench.row(cell))
             if jax.process_index() == 0 and config.prompts:
                 illustrate(artist, cell, workdir / 'grid' / f'{slug(cell.name)}.png')
         results.append({'set': name, 'source': source, 'rows': rows, 'folder': slug(name)})
@@ -202,45 +203,74 @@ def run(config, workdir):
     return results
 
 
+def planned(config):
+    """-> Cells, the reference's first, and that or None; InputError if they cannot all be drawn."""
+    if not config.sets:
+        raise InputError('sets is empty: rows of name, source and number of pictures are needed')
+    if config.batch < 1:
+        raise InputError(f'batch = {config.batch}: must be at least 1')
+    alone('sets', [name for name, *_ in config.sets])
+    cells = [cell for way in config.ways for cell in cells_of(way, config)]
+    alone('ways', [cell.name for cell in cells])
+    reference = None
+    if config.reference:
+        choose('reference', config.reference, {cell.label: cell for cell in cells})
+        reference, *more = [cell for cell in cells if cell.label == config.reference]
+        if more:
+            raise InputError(f'reference {config.reference!r} has several numbers of steps')
+    cells.sort(key=lambda cell: cell != reference)
+    for model in dict.fromkeys(cell.model for cell in cells):
+        open_model(model)
+    return cells, reference
+
+
+def alone(key, names):
+    """InputError if two names would be one file's."""
+    slugs = [slug(name) for name in names]
+    twice = [name for name in names if slugs.count(slug(name)) > 1]
+    if twice:
+        raise InputError(f'two {key} would be called {twice[-1]!r}; give each a name of its own')
+
+
 def protocol(config, networks, real):
     """What is said beside the numbers."""
     return {
         **{'features': networks.features.identity, 'real': config.real, 'real_pictures': real.n},
         **{'clip': networks.clip and networks.clip.identity, 'paired': config.paired},
         **{'lpips': networks.lpips and networks.lpips.identity, 'seed': config.seed},
-        **{'resolution': config.resolution, 'batch': config.batch},
-        **{'device': f'{jax.device_count()} {jax.devices()[0].device_kind}', 'dtype': config.dtype},
+        **{'resolution': config.resolution, 'batch': config.batch, 'dtype': config.dtype},
+        **{'reference': config.reference},
     }
 
 
 class Bench:
     """Measures cells for the captions of one set, each once: what is in `folder` is not drawn again."""
 
-    def __init__(self, artist, judging, source, folder):
+    def __init__(self, artist, judging, source, folder, reference):
         self.artist, self.judging, self.source, self.folder = artist, judging, source, folder
         self.process, self.processes = jax.process_index(), jax.process_count()
-        self.reference = None  # {number: picture} of this process
+        self.reference = reference  # the Cell whose pictures the others are compared with, or None
+        self.pictures = None  # {number: picture} of it, this process's
 
-    def row(self, cell, is_reference):
-        """-> the cell's row of the results."""
+    def row(self, cell):
+        """-> the cell's row of the results; the reference's is asked for before the others'."""
         made, stem = self.made_of(cell), self.folder / slug(cell.name)
         row = known(stem.with_name(f'{stem.name}.json'), made)
         kept = stem.with_name(f'{stem.name}-{self.process}of{self.processes}.npz')
-        lacks = row is None or (is_reference and not kept.is_file())
+        is_reference = cell == self.reference
+        lacks = row is None or (is_reference and kept_pictures(kept, made) is None)
         if any(sharding.gathered(b'1' if lacks else b'')):  # all draw, or none
             row = self.measured(cell, made, stem, kept if is_reference else None)
         if is_reference:
-            with np.load(kept) as found:
-                self.reference = dict(
-                    zip(found['numbers'].tolist(), found['pictures'], strict=True)
-                )
-        return row
+            self.pictures = kept_pictures(kept, made)
+        return row | dataclasses.asdict(cell)  # it may have another label now
 
     def made_of(self, cell):
-        """All that a cell's numbers depend on, besides the code."""
-        c = self.artist.config
+        """All that a cell's numbers depend on, besides the tokenizers and the code."""
+        c, to = self.artist.config, self.reference
         return {
             **self.artist.made_of(cell),
+            **{'reference': self.artist.made_of(to) if to and cell != to else None},
             **{'source': self.source, 'paired': c.paired, 'resolution': c.resolution},
             **self.judging.protocol,
         }
@@ -250,25 +280,41 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         batches = self.artist.batches(cell, self.judging.captions, self.process, self.processes)
         if keep:
-            batches = keeping(batches, self.artist.config.paired, keep)
+            batches = keeping(batches, self.artist.config.paired, keep, made)
         row = {
             **dataclasses.asdict(cell),
-            'file': stem.name,
-            **self.judging(batches, self.reference),
+            **{'file': stem.name, 'device': device()},
+            **self.judging(batches, self.pictures),
         }
         if self.process == 0:
             write(stem.with_name(f'{stem.name}.json'), {**row, MADE_OF: made})
         return row
 
 
-def keeping(batches, most, file):
+def device():
+    """What a process draws with, as text."""
+    return f'{jax.local_device_count()} {jax.devices()[0].device_kind}'
+
+
+def keeping(batches, most, file, made):
     """The batches; once they end, the pictures with numbers below `most` are in the file."""
     numbers, pictures = [], []
     for some, drawn, seconds in batches:
         yield some, drawn, seconds
         numbers += some[some < most].tolist()
         pictures += [*drawn[some < most]]
-    np.savez_compressed(file, numbers=numbers, pictures=pictures)
+    np.savez_compressed(file, numbers=numbers, pictures=pictures, **{MADE_OF: json.dumps(made)})
+
+
+def kept_pictures(file, made):
+    """-> {number: picture} of what `keeping` wrote; None if it was of something else."""
+    try:
+        with np.load(file) as found:
+            if MADE_OF not in found or str(found[MADE_OF]) != json.dumps(made):
+                return None
+            return dict(zip(found['numbers'].tolist(), found['pictures'], strict=True))
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def known(file, made):

@@ -91,7 +91,7 @@ class Judge:
         The batches are this process's; all processes call it alike. reference: {number: picture} to
         compare with. -> {'n', 'fid', 'kid', 'kid_std', 'biased', and what there are networks for: 'clip',
         'retrieval', 'lpips', 'psnr'}, and 'seconds' per picture: the median batch's, without the first,
-        which may compile.
+        which may compile; None if there is no other.
         """
         tally, seconds = Tally(), []
         for numbers, pictures, took in drawn:
@@ -104,7 +104,7 @@ class Judge:
         tally = tally.shared()
         row = {'n': tally.statistics.n, **metrics.compare(self.real, tally.statistics)}
         row |= {name: float(total / count) for name, (total, count) in tally.sums.items()}
-        return row | {'seconds': float(np.median(seconds[1:] or seconds)) or None}
+        return row | {'seconds': float(np.median(seconds[1:])) if len(seconds) > 1 else None}
 
     def each(self, numbers, pictures, features, reference):
         """-> {name: [n]} of each picture."""
@@ -130,4 +130,4 @@ class Judge:
             batches(renumbered, batch), jax.process_index(), None, jax.process_count()
         )
         row = self((numbers, pictures, 0.0) for numbers, pictures in mine)
-        return {'label': 'real pictures', 'steps': None, **row}
+        return {**row, 'label': 'real pictures', 'steps': None, 'seconds': None}

@@ -75,7 +75,7 @@ def add(verbs, verb):
     dialect(p)
 
     p = verb(extract, 'extract', 'write the difference of two models as a LoRA', group)
-    p.add_argument('base', help="'emoji' or a diffusers folder")
+    p.add_argument('base', help='a model in any form')
     p.add_argument('tuned', help='a fine-tune of it')
     p.add_argument('out', help='.safetensors file to write')
     p.add_argument('--rank', type=int, required=True)

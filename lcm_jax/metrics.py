@@ -19,7 +19,7 @@ def unit(x):
 
 
 def cosines(images, texts):
-    """Pairs of features [N,D] -> [N], 100 max(cos, 0): CLIPScore (arXiv 2104.08718) as in torchmetrics."""
+    """Pairs of features [N,D] -> [N], 100 max(cos, 0): CLIPScore (arXiv 2104.08718) times 40."""
     return 100 * np.maximum(np.sum(unit(images) * unit(texts), -1), 0)
 
 

@@ -79,12 +79,13 @@ def table(rows, metric):
 def said(results):
     """-> lines about how all was measured."""
     p = results['protocol']
-    first, *rows = results['sets'][0]['rows']
+    rows = [r for one in results['sets'] for r in one['rows']]
+    drawn = [r for r in rows if r['steps']]
     ways = {
         r['label']: f'- {r["label"]}: `{r["model"]}`'
         + (f' with LoRA `{r["lora"]}`' if r['lora'] else '')
         + f', sampler `{r["sampler"]}`, guidance {r["guidance"]:g}'
-        for r in rows
+        for r in drawn
     }
     lines = [
         *ways.values(),
@@ -92,19 +93,22 @@ def said(results):
         f'FID and KID: features {p["features"]}, to {p["real_pictures"]:,} real pictures of '
         f'`{p["real"]}`, resized and cut to {p["resolution"]} px.',
     ]
-    if first['biased']:
+    if any(r['biased'] for r in rows):
         lines.append(
             'With fewer than 10,000 pictures FID is biased upwards (KID is not): compare numbers of '
             'this report with each other only.'
         )
     if p['clip']:
         lines.append(f'CLIP score: {p["clip"]}.')
-    if p['lpips']:
-        lines.append(f'LPIPS: {p["lpips"]}, first {p["paired"]:,} pictures.')
+    if any('psnr' in r for r in rows):
+        lines.append(
+            f'Compared one by one with the pictures of {p["reference"]}: the first {p["paired"]:,} of '
+            'a set, or all if there are fewer' + (f'; LPIPS: {p["lpips"]}.' if p['lpips'] else '.')
+        )
     lines.append(
         f'Seed {p["seed"]}; every way draws the same captions from the same noise. Seconds are the '
         f'median batch of {p["batch"]}, compiled program warm, text encoders and VAE included, on '
-        f'{p["device"]}.'
+        f'{", ".join(dict.fromkeys(r["device"] for r in drawn))} of one process.'
     )
     return lines
 
@@ -124,7 +128,7 @@ def plot(rows):
                 points = sorted(
                     (r[key], r[metric.key] * metric.scale)
                     for r in drawn
-                    if r['label'] == label and r.get(metric.key) is not None
+                    if r['label'] == label and None not in (r.get(metric.key), r[key])
                 )
                 if points:
                     axis.plot(

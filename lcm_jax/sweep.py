@@ -53,6 +53,8 @@ def sweep(
     if any(adapter.accelerates for adapter in pipe.adapters.values()):
         fixed['sampler'] = sampler or 'lcm'  # even where its scale is 0
         guidance = guidance or [1.0]
+    network = open_features(clip)
+    texts = network.texts(prompts)
     drawn = {}  # (value, steps) -> pictures [N]
     for value in scales or guidance:
         if scales:
@@ -60,8 +62,6 @@ def sweep(
         strength = (guidance or [None])[0] if scales else value
         for n in steps:
             drawn[value, n] = pipe(prompts, steps=n, guidance=strength, **fixed)
-    network = open_features(clip)
-    texts = network.texts(prompts)
     scores = {
         cell: metrics.cosines(network.images(pictures), texts) for cell, pictures in drawn.items()
     }

@@ -208,8 +208,9 @@ def open_pickle(file):
         torch = importlib.import_module('torch')
     except ImportError as e:
         raise InputError(
-            f'{file} is a pickle, which only PyTorch can read safely: convert it where torch is '
-            f'installed, with `lcm-jax convert {file} {file.with_suffix("").name}.safetensors`'
+            f'{file} is a pickle, which only PyTorch can read safely. Where torch is installed, write it '
+            f'as safetensors: `safetensors.torch.save_file(torch.load({file.name!r}, weights_only=True), '
+            f'{file.with_suffix(".safetensors").name!r})`, or, for whole models, `lcm-jax convert`'
         ) from e
     try:
         zipped = zipfile.is_zipfile(file)  # torch maps these; older files are read as a whole

@@ -4,8 +4,8 @@
 
 KEY is one of configs/default.py, such as train.steps; DIR is for checkpoints, logs, pictures and
 what is trained. The same command again goes on where it was stopped. On several machines, run it on
-each: TPU pods, GKE, Slurm and Open MPI are recognised by their environment; elsewhere add
---coordinator=HOST:PORT --processes=N --process=I (or --coordinator=auto: JAX looks around).
+each: GKE, Slurm and Open MPI are recognised by their environment; on Cloud TPU pods add
+--coordinator=auto, elsewhere --coordinator=HOST:PORT --processes=N --process=I.
 """
 
 import functools

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -148,6 +149,25 @@ def test_cells_are_measured_once_and_again_if_anything_changed(model, tmp_path, 
     drawn.clear()
     evaluate.run(config(model, seed=1), tmp_path)
     assert len({*drawn}) == 5
+    drawn.clear()
+    other = config(model, seed=1)
+    other.ways[0]['label'] = 'FEW!'  # the same files
+    found = evaluate.run(other, tmp_path)['sets'][0]['rows']
+    assert not drawn and found[-1]['label'] == 'FEW!, guidance 3'
+    other.reference = ''
+    found = evaluate.run(other, tmp_path)['sets'][0]['rows']
+    assert len({*drawn}) == 4 and not any('psnr' in row for row in found)  # the teacher's had none
+
+
+def test_a_cell_is_measured_again_if_the_models_settings_changed(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / 'model')
+    c = config(folder, 8)
+    c.ways, c.prompts = c.ways[1:], ()
+    first = evaluate.run(c, tmp_path)['sets'][0]['rows'][1]
+    file = folder / 'scheduler' / 'scheduler_config.json'
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {'beta_end': said['beta_end'] / 2}))
+    assert evaluate.run(c, tmp_path)['sets'][0]['rows'][1]['fid'] != first['fid']
 
 
 @pytest.mark.parametrize(
@@ -179,6 +199,41 @@ def test_ways_that_cannot_be_are_refused_before_anything_is_drawn(
     with pytest.raises(InputError) as e:
         evaluate.run(c, tmp_path)
     assert said in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'said'),
+    [
+        ({'sets': ()}, 'sets is empty'),
+        ({'sets': (('A b', 'emoji', 8), ('a-b', 'emoji', 8))}, "two sets would be called 'a-b'"),
+        ({'sets': (('a', 'emoji', 8), ('b', 'emoij', 8))}, 'emoij'),
+        ({'batch': 0}, 'batch = 0'),
+        ({'steps': (1, 0)}, 'ways (dpm): steps = 0'),
+        ({'reference': 'few'}, "reference 'few' has several numbers of steps"),
+    ],
+)
+def test_configs_that_cannot_be_are_refused_before_anything_is_drawn(
+    model, tmp_path, changes, said, monkeypatch
+):
+    c = config(model)
+    c.ways = (
+        {'label': 'few', 'sampler': 'ddim', 'steps': (1, 2)},
+        {'label': 'teacher', 'sampler': 'ddim', 'steps': 3},
+        {'label': 'dpm', 'sampler': 'dpm'},
+    )
+    c.update(changes)
+    monkeypatch.setattr(evaluate.Artist, 'draw', lambda *_: pytest.fail('drawn'))
+    with pytest.raises(InputError) as e:
+        evaluate.run(c, tmp_path)
+    assert said in str(e.value)
+
+
+def test_a_set_of_too_few_pictures_is_said_to_be_biased(done):
+    found = json.loads(json.dumps(done[1]))
+    many = found['sets'] + found['sets']
+    many[0] = {**many[0], 'rows': [{**row, 'biased': False} for row in many[0]['rows']]}
+    assert 'biased upwards' in report.markdown({**found, 'sets': many}, '', [])
+    assert 'biased upwards' not in report.markdown({**found, 'sets': many[:1]}, '', [])
 
 
 def test_statistics_of_two_processes_are_those_of_one():

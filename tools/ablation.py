@@ -12,9 +12,11 @@ from pathlib import Path
 
 from lcm_jax import evaluate, train
 from lcm_jax.flags import read
+from lcm_jax.tree import digest
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 BASE = {
+    'train.lr': 1e-3,
     'lora.rank': 32,
     'distill.w': '2:4',
     'distill.skip': 0,
@@ -63,11 +65,12 @@ GROUPS = {  # what is varied: {row: settings over BASE}; {}: BASE itself
 def trained(workdir, settings, steps):
     """-> LoRA file of a run, that is made unless it is there."""
     name = '-'.join(f'{k}={v}' for k, v in settings.items()).replace(':', '..') or 'base'
-    folder = Path(workdir) / f'{name}-{steps}'
+    settings = {**BASE, 'train.steps': steps, 'train.save_every': steps, **settings}
+    config = read(CONFIGS / 'emoji_lcm_lora.py', settings)
+    folder = Path(workdir) / f'{name}-{digest({}, config.to_dict())}'
     file = folder / 'lcm_lora.safetensors'
     if not file.is_file():
-        settings = {**BASE, 'train.steps': steps, 'train.save_every': steps, **settings}
-        train.run(read(CONFIGS / 'emoji_lcm_lora.py', settings), folder)
+        train.run(config, folder)
     return file
 
 

@@ -5,7 +5,7 @@
 
 Parameters of the UNet, those that are trained, and GB on a device that holds all: the frozen base in
 bfloat16 (emoji: float32), what is trained with its moments and average in float32. LoRA: rank 64
-(emoji: 32) on the modules that LCM-LoRA adapts. --compile adds what one step of one sample on this
+(emoji: 16) on the modules that LCM-LoRA adapts. --compile adds what one step of one sample on this
 machine's devices needs besides.
 """
 
@@ -28,7 +28,7 @@ FULL = {'trains': 'full', 'distill.target': 'ema', 'train.ema_decay': 0.95}
 
 
 def program(name, changes, mesh):
-    """-> step.Program, (height, width) px."""
+    """-> step.Program, (height, width) px, UNetSpec."""
     changes = {'train.batch': 1, 'data.source': 'cache:x', **changes}
     config = read(CONFIGS / f'{MODELS[name]}.py', changes)
     model = workloads.sizes_of(config.model)
