@@ -1,11 +1,12 @@
 """Every layout that sources read."""
 
+import io
 import json
 
 import fsspec
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from sets import array_record, encoded, example, file_of, noise, sample, shard, tar_of
 
 from lcm_jax.data import files, samples
@@ -253,6 +254,29 @@ def test_pictures_are_upright_and_on_white(tmp_path):
     assert (np.asarray(samples.decode(source.read(0).picture)) == np.rot90(picture, -1)).all()
     grey = samples.decode(file_of(Image.new('L', (2, 2), 7)))
     assert grey.getpixel((0, 0)) == (7, 7, 7)
+
+
+@pytest.mark.parametrize('orientation', ['6', b'\x06', TiffImagePlugin.IFDRational(6, 1), 9])
+def test_an_orientation_that_is_none_leaves_a_picture_as_it_lies(orientation):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    kinds = {str: 2, int: 3, TiffImagePlugin.IFDRational: 5, bytes: 7}
+    tags.tagtype[samples.ORIENTATION] = kinds[type(orientation)]
+    tags[samples.ORIENTATION] = orientation
+    exif = b'Exif\0\0II*\0\x08\0\0\0' + tags.tobytes(8)
+    picture = file_of(noise(0, 4, 6), 'JPEG', exif=exif)
+    assert samples.size_of(io.BytesIO(picture)) == (4, 6)
+    assert samples.decode(picture).size == (6, 4)
+
+
+@pytest.mark.parametrize('error', [TypeError('bad operand type for abs()'), AttributeError('x')])
+def test_whatever_pil_raises_is_a_broken_picture(monkeypatch, error):
+    def fail(*args, **kw):
+        raise error
+
+    monkeypatch.setattr(samples.Image, 'open', fail)
+    for read in (samples.decode, lambda picture: samples.size_of(io.BytesIO(picture))):
+        with pytest.raises(samples.Broken, match=f'picture cannot be read.*{error.args[0][:8]}'):
+            read(encoded())
 
 
 def test_the_shipped_set():

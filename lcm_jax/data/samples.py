@@ -2,7 +2,6 @@
 
 import io
 import re
-import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +12,6 @@ from lcm_jax.errors import InputError
 ORIENTATION = 274  # EXIF tag; 5..8 are turned by a quarter
 SCORES = {'watermark': 'pwatermark', 'aesthetic': 'aesthetic', 'unsafe': 'punsafe'}  # LAION's names
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # that PIL shall try, in this order
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
-    Image.DecompressionBombError,
-)  # what PIL raises for files that are no good pictures
 
 
 class Raw(NamedTuple):
@@ -155,14 +150,18 @@ def size_of(file):
     try:
         picture = Image.open(file, formats=FORMATS)
         turned = orientation(picture) >= 5
-    except UNREADABLE as e:
+    except Exception as e:  # PIL raises errors of many kinds for files that are no good pictures
         raise Broken('picture cannot be read', describe(e)) from e
     return picture.size if turned else picture.size[::-1]
 
 
 def orientation(picture):
-    """How it lies, 1 upright; without decoding it, as `getexif` alone would do with a PNG."""
-    return picture.getexif().get(ORIENTATION, 1) if 'exif' in picture.info else 1
+    """How it lies, 1 upright; without decoding it, as `getexif` alone would do with a PNG.
+
+    What is no number of EXIF's, 1..8, says nothing: 1.
+    """
+    said = picture.getexif().get(ORIENTATION) if 'exif' in picture.info else 1
+    return said if isinstance(said, int) and 1 <= said <= 8 else 1
 
 
 def decode(picture):
@@ -178,7 +177,7 @@ def decode(picture):
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
         return image.convert('RGB')
-    except UNREADABLE as e:
+    except Exception as e:  # as above
         raise Broken('picture cannot be read', describe(e)) from e
 
 
