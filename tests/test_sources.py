@@ -254,6 +254,8 @@ def test_pictures_are_upright_and_on_white(tmp_path):
     assert (np.asarray(samples.decode(source.read(0).picture)) == np.rot90(picture, -1)).all()
     grey = samples.decode(file_of(Image.new('L', (2, 2), 7)))
     assert grey.getpixel((0, 0)) == (7, 7, 7)
+    deep = samples.decode(file_of(Image.fromarray(np.full((2, 2), 0x4080, np.uint16))))
+    assert deep.getpixel((0, 0)) == (0x40,) * 3
 
 
 @pytest.mark.parametrize('orientation', ['6', b'\x06', TiffImagePlugin.IFDRational(6, 1), 9])

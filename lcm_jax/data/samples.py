@@ -173,6 +173,8 @@ def decode(picture):
     try:
         image = Image.open(io.BytesIO(picture), formats=FORMATS)
         image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
+        if image.mode.startswith('I;16'):  # grey of 16 bits, which PIL would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if 'A' in image.getbands() or 'transparency' in image.info:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
