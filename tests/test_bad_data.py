@@ -1,9 +1,16 @@
 """Bad input from outside: what each says."""
 
+import io
+from pathlib import Path
+
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from sets import array_record, encoded, example, sample, shard, tar_of
 
+from lcm_jax.data import tars
+from lcm_jax.data.samples import Broken
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.errors import InputError
@@ -87,6 +94,52 @@ def test_a_shard_that_ends_early_keeps_what_comes_before(tmp_path, harm, said):
     with pytest.raises(InputError, match=f'1 of 4 files cannot be read.*2.tar: .*{said}') as e:
         open_source(f'wds:{tmp_path}/*.tar', DataSettings())
     assert '\n' not in str(e.value)
+
+
+class Gone(Exception):
+    """Stands for the errors of remote stores, which are not all OSErrors."""
+
+
+@pytest.mark.parametrize('error', [Gone('503'), OSError('503'), ValueError('503')])
+@pytest.mark.parametrize('name', ['x.tar', 'x.tar.gz'])
+def test_a_remote_file_that_fails_is_not_taken_for_a_cut_one(tmp_path, monkeypatch, error, name):
+    """At any of its reads while it is indexed; when a sample is read, that sample is broken."""
+    packed = tar_of(tmp_path / name, [*sample('0'), *sample('1')], 'w:gz' if 'gz' in name else 'w')
+    url = f'memory://bucket/{name}'
+    with fsspec.open(url, 'wb') as out:
+        out.write(Path(packed).read_bytes())
+    left = 10**9  # reads before one fails
+
+    def read(self, size=-1):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise error
+        return io.BytesIO.read(self, size)
+
+    monkeypatch.setattr(MemoryFile, 'read', read, raising=False)
+    monkeypatch.setattr(MemoryFileSystem, 'cat_file', lambda self, path, **kw: read(None))
+    source = open_source(f'wds:{url}', DataSettings())
+    for i in range(1, 10**9 - left + 1):
+        left = i
+        tars.inflated.cache_clear()
+        with pytest.raises(InputError, match=f'cannot read {url}: 503'):
+            open_source(f'wds:{url}', BORNE)
+    left = 1
+    tars.inflated.cache_clear()
+    with pytest.raises(Broken, match=r'file cannot be read.*503'):
+        source.read(0)
+
+
+@pytest.mark.parametrize('pattern', ['memory://bucket/a.tar', 'memory://bucket/*.tar'])
+def test_a_store_that_cannot_be_asked(monkeypatch, pattern):
+    def fail(*args, **kw):
+        raise Gone('no permission')
+
+    for name in ('info', 'glob'):
+        monkeypatch.setattr(MemoryFileSystem, name, fail)
+    with pytest.raises(InputError, match=r'memory://bucket/.*\.tar: no permission'):
+        open_source(f'wds:{pattern}', BORNE)
 
 
 def test_files_that_are_no_tars(tmp_path):

@@ -150,6 +150,8 @@ def size_of(file):
     try:
         picture = Image.open(file, formats=FORMATS)
         turned = orientation(picture) >= 5
+    except InputError:  # of a remote file: it says nothing about the picture
+        raise
     except Exception as e:  # PIL raises errors of many kinds for files that are no good pictures
         raise Broken('picture cannot be read', describe(e)) from e
     return picture.size if turned else picture.size[::-1]
