@@ -9,7 +9,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from sets import array_record, encoded, example, sample, shard, tar_of
 
-from lcm_jax.data import tars
+from lcm_jax.data import records, tars
 from lcm_jax.data.samples import Broken
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
@@ -167,14 +167,47 @@ def test_files_that_are_no_tars(tmp_path):
 def test_array_records_that_are_none(tmp_path):
     file = tmp_path / 'x.array_record'
     array_record(
-        file, [example(image=encoded(), text=b'one'), b'\xff no example', example(text=b'')]
+        file,
+        [
+            example(image=encoded(), text=b'one'),
+            b'\xff no example',
+            *(example(text=b'x', **image) for image in ({}, {'image': []}, {'image': 3})),
+            example(text=b'x', image=[encoded(), encoded()]),
+        ],
     )
     source = open_source(f'array_record:{file}', BORNE)
     assert len(source) == 1
-    assert source.broken.counts == {'record is no tf.train.Example': 1, 'no picture': 1}
+    assert source.broken.counts == {'record is no tf.train.Example': 1, 'no picture': 4}
+    assert [detail for _, reason, detail in source.index.broken if reason == 'no picture'] == [
+        'it has text',
+        "its 'image' holds 0 values, not one encoded file",
+        "its 'image' holds int, not one encoded file",
+        "its 'image' holds 2 values, not one encoded file",
+    ]
     (tmp_path / 'y.array_record').write_text('no array_record')
     with pytest.raises(InputError, match='1 of 1 files cannot be read'):
         open_source(f'array_record:{tmp_path}/y.array_record', DataSettings())
+
+
+def test_a_tfds_record_that_cannot_be_read_is_broken(monkeypatch):
+    class Set(list):
+        def __getitem__(self, i):
+            if i == 1:
+                raise RuntimeError('corrupted')
+            return list.__getitem__(self, i)
+
+    features = {'image': encoded(), 'caption': b'one'}
+    flat = features | {'image': np.zeros((4, 4), np.uint8)}
+    found = Set([features, features, flat])
+    monkeypatch.setattr(records, 'data_source', lambda name: found)
+    source = open_source('tfds:any/train', BORNE)
+    assert len(source) == 1 and source.read(0).captions == ('one',)
+    assert source.broken.first == {
+        'record cannot be read': '00000001: corrupted',
+        'no picture': "00000002: its 'image' holds ndarray, not one encoded file",
+    }
+    with pytest.raises(Broken, match=r'record cannot be read.*corrupted'):
+        source.fetch([1])
 
 
 def test_folders_that_are_none(tmp_path):
