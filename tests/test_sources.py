@@ -143,6 +143,21 @@ def test_a_folder_with_captions_beside(tmp_path):
     ]
 
 
+def test_lines_of_metadata_end_at_newlines_and_are_utf_8(tmp_path):
+    """A caption may hold what splitlines() splits at; U+FFFD never stands for what is not UTF-8."""
+    captions = 'a\u2028b\x85c'.encode(), 'caf\u00e9'.encode('latin-1'), b'\\ud83d', b'd'
+    lines = [b'{"file_name": "%d.png", "text": "%s"}\r\n' % pair for pair in enumerate(captions)]
+    (tmp_path / 'metadata.jsonl').write_bytes(b''.join(lines))
+    for i in range(4):
+        (tmp_path / f'{i}.png').write_bytes(encoded())
+    source = open_source(f'folder:{tmp_path}', OFF)
+    assert [captions for _, captions, _ in contents(source)] == [('a\u2028b\x85c',), ('d',)]
+    assert [x[:2] for x in source.index.broken] == [
+        ('1.png', 'caption is not UTF-8'),
+        ('2.png', 'caption is not UTF-8'),
+    ]
+
+
 def test_a_folder_with_metadata_as_hugging_face_has_it(tmp_path):
     lines = [
         {'file_name': f'{i}.png', 'text': f'number {i}', 'pwatermark': i / 4} for i in range(4)

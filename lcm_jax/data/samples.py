@@ -125,7 +125,8 @@ def captions_of(field, parts, meta):
         raise Broken('no caption', f'no {field!r} among {", ".join([*parts, *meta]) or "nothing"}')
     try:
         texts = tuple(text for text in (t.strip() for t in strings(found)) if text)
-    except UnicodeDecodeError as e:
+        ''.join(texts).encode()  # JSON may hold half of a surrogate pair
+    except UnicodeError as e:
         raise Broken('caption is not UTF-8', str(e)) from e
     if not texts:
         raise Broken('empty caption')
