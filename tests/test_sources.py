@@ -94,6 +94,23 @@ def test_captions_from_json_and_sizes_of_the_original(tmp_path):
     assert source.original(0) == (40, 60) and source.original(1) == source.size(1) == (4, 6)
 
 
+@pytest.mark.parametrize('said', [{}, {'exif': '{"Image Orientation": "Rotated 90 CW"}'}])
+def test_sizes_of_img2dataset_are_as_stored(tmp_path, said):
+    """With --skip_reencode its pictures keep their EXIF, and lie otherwise than they are shown."""
+    exif = Image.Exif()
+    exif[samples.ORIENTATION] = 6
+    picture = file_of(noise(0, 4, 6), 'JPEG', exif=exif)
+    sizes = {'height': 4, 'width': 6, 'original_height': 40, 'original_width': 60}
+    tar = tar_of(tmp_path / 'x.tar', [('1.jpg', picture), *sample('1', **sizes, **said)[1:]])
+    source = open_source(f'wds:{tar}', OFF)
+    assert (source.size(0), source.original(0)) == ((6, 4), (60, 40))
+
+
+def test_sizes_are_believed_where_img2dataset_saw_no_orientation(tmp_path):
+    tar = tar_of(tmp_path / 'x.tar', sample('1', height=5, width=7, exif='{}'))
+    assert open_source(f'wds:{tar}', OFF).size(0) == (5, 7)
+
+
 def test_tars_elsewhere_and_compressed(tmp_path):
     plain = shard(tmp_path / 'a.tar', 3)
     content = (tmp_path / 'a.tar').read_bytes()

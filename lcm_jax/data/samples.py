@@ -92,14 +92,19 @@ def row(name, place, picture, parts, meta, caption):
     """A sample's row of the index. Raises Broken if its caption or picture is no good.
 
     picture: an open file, or (height, width); parts, meta and caption as in `captions_of`. Sizes
-    that img2dataset wrote into `meta` are believed, so that most pictures need not be looked into.
+    that img2dataset wrote into `meta` are those of the pictures as they lie in the file. They are
+    believed where it also noted that the file had no orientation, so that most pictures need not be
+    looked into.
     """
     captions_of(caption, parts, meta)
-    size = pair(meta, 'height', 'width')
-    if not size:
-        size = picture if isinstance(picture, tuple) else size_of(picture)
+    size, original = pair(meta, 'height', 'width'), pair(meta, 'original_height', 'original_width')
+    if isinstance(picture, tuple):
+        size = size or picture
+    elif not size or 'Orientation' in str(meta.get('exif') or 'Orientation'):
+        size, turned = header(picture)
+        original = original[::-1] if original and turned else original
     scores = [number(meta.get(key)) for key in SCORES.values()]
-    return name, size, pair(meta, 'original_height', 'original_width') or size, scores, place
+    return name, size, original or size, scores, place
 
 
 def pair(meta, *keys):
@@ -146,8 +151,8 @@ def strings(value):
             yield from strings(item)
 
 
-def size_of(file):
-    """An open picture file -> (height, width) from its header. Raises Broken."""
+def header(file):
+    """An open picture file -> (height, width) upright, whether it lies turned by a quarter; Broken."""
     try:
         picture = Image.open(file, formats=FORMATS)
         turned = orientation(picture) >= 5
@@ -155,7 +160,12 @@ def size_of(file):
         raise
     except Exception as e:  # PIL raises errors of many kinds for files that are no good pictures
         raise Broken('picture cannot be read', describe(e)) from e
-    return picture.size if turned else picture.size[::-1]
+    return picture.size if turned else picture.size[::-1], turned
+
+
+def size_of(file):
+    """An open picture file -> (height, width) from its header. Raises Broken."""
+    return header(file)[0]
 
 
 def orientation(picture):
