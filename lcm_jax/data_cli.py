@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.settings import DataSettings, check_latents
 
 # Options that are keys of DataSettings, with what their help says.
 OPTIONS = {
@@ -24,8 +24,10 @@ OPTIONS = {
 
 
 def settings(args):
-    """Parsed arguments -> DataSettings."""
-    return DataSettings(source=args.source, **{key: getattr(args, key) for key in OPTIONS})
+    """Parsed arguments -> DataSettings that a run may have."""
+    said = DataSettings(source=args.source, **{key: getattr(args, key) for key in OPTIONS})
+    check_latents(said)
+    return said
 
 
 def check(args):

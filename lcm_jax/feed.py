@@ -12,7 +12,7 @@ from lcm_jax import sharding
 from lcm_jax.data.cache import complete, part_name
 from lcm_jax.data.cache_fill import write_cache
 from lcm_jax.data.loader import loader
-from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.settings import DataSettings, check_latents
 from lcm_jax.data.sources import open_source
 from lcm_jax.encode import encoder
 from lcm_jax.errors import InputError
@@ -42,6 +42,7 @@ class Feed:
     def __init__(self, model, config, mesh, workdir):
         self.model, self.config, self.mesh = model, config, mesh
         self.settings = DataSettings(**{k: v for k, v in config.data.items() if k not in OURS})
+        check_latents(self.settings)
         self.home, self.batch = sharding.batch_sharding(mesh), config.train.batch
         self.rows = sharding.local_rows(self.home, self.batch)
         self.tokenizers = model.tokenizers()

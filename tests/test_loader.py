@@ -241,7 +241,6 @@ def test_bucket_shapes_are_those_of_sdxl():
     ('key', 'value'),
     [
         *(
-            ('resolution', 60),
             ('resolution', 0),
             ('max_dropped', 1.5),
             ('seed', -1),

@@ -360,6 +360,7 @@ def test_a_cache_that_was_interrupted_is_filled_again(model, tmp_path):
 def test_a_cache_of_something_else_is_refused(model, tmp_path):
     runs.run(model, tmp_path, data__cache=True, train__steps=1)
     for changes, said in (
+        ({'data__resolution': 20}, 'data.resolution = 20: must be a multiple of 8'),
         ({'data__source': 'synthetic:41'}, "source = 'synthetic:40' .now 'synthetic:41'"),
         ({'data__flip': True}, 'data.flip = False .now True'),
     ):
