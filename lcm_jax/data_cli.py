@@ -56,6 +56,8 @@ def cache(args):
 
     said = settings(args)
     source = open_source(args.source, said)
+    for line in source.left_out():
+        print(line, flush=True)
     model = describe(args.model)
     encode = encoder(model, DTYPES[args.dtype], DTYPES[args.vae_dtype])
     with tqdm(total=-(-len(source) // args.processes), unit=' samples') as bar:
@@ -72,7 +74,7 @@ def cache(args):
             log=lambda n: bar.update(n - bar.n),
         )
     if broken:
-        print(f'left out: {broken}')
+        print(f'broken, when read: {broken}')
     print(f'wrote {done:,} samples; train with model={args.model} data.source=cache:{args.out}')
 
 

@@ -36,6 +36,13 @@ def check_made_of(file, now):
         )
 
 
+def told(source):
+    """Say what a source leaves out -> the source."""
+    for line in source.left_out():
+        say(f'{source.name}: {line}')
+    return source
+
+
 class Feed:
     """A config's data for a Model, on a mesh. With data.cache it is encoded into `workdir`/cache first."""
 
@@ -53,15 +60,16 @@ class Feed:
         self.sizes = self.loader.shapes  # (height, width) px of each bucket
 
     def open(self, name, folder):
+        """A source's name -> the Source to read, encoded into `folder` if that is asked for."""
         if not self.config.data.cache or name.startswith('cache:'):
-            return open_source(name, self.settings, self.config.model)
+            return told(open_source(name, self.settings, self.config.model))
         made_of = self.made_of(name)
         check_made_of(folder / MADE_OF, made_of)
         if not complete(folder):
             sharding.wait('cache')  # all look before one writes
-            self.fill(open_source(name, self.settings), folder, made_of)
+            self.fill(told(open_source(name, self.settings)), folder, made_of)
             sharding.wait('cache filled')
-        return open_source(f'cache:{folder}', self.settings, self.config.model)
+        return told(open_source(f'cache:{folder}', self.settings, self.config.model))
 
     def made_of(self, name):
         """All that a cache depends on -> {key of the config: value}.
@@ -146,7 +154,5 @@ class Feed:
 
     def describe(self):
         """One line of what it is made of."""
-        source, dropped = self.source, self.source.broken
         sizes = ', '.join(f'{h} x {w}' for h, w in self.sizes)
-        gone = ''.join(f'; left out {d}' for d in (dropped, source.filtered) if d)
-        return f'{source.name}: {len(source)} samples, {sizes} px{gone}'
+        return f'{self.source.name}: {len(self.source)} samples, {sizes} px'

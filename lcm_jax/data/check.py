@@ -20,12 +20,7 @@ def report(source, tokenizer, settings, limit):
     index = source.index
     total = len(index.names) + len(source.broken)
     yield f'{source.name}: {len(source):,} of {total:,} samples'
-    if source.broken:
-        yield f'broken, by the index: {source.broken}'
-    if source.filtered:
-        yield f'left out by the filters: {source.filtered}'
-    for file, why in source.cut:
-        yield f'not read to its end: {file}: {why}'
+    yield from source.left_out()
     if index.repeats:
         yield f'keys that came before in the same file: {index.repeats:,}; each is a sample'
     if source.encoded:
