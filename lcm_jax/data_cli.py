@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from lcm_jax.data.settings import DataSettings, check_latents
+from lcm_jax.errors import InputError
 
 # Options that are keys of DataSettings, with what their help says.
 OPTIONS = {
@@ -49,11 +50,14 @@ def cache(args):
     from tqdm import tqdm
 
     from lcm_jax.data.cache_fill import write_cache
+    from lcm_jax.data.files import remote
     from lcm_jax.data.sources import open_source
     from lcm_jax.encode import encoder
     from lcm_jax.model import describe
     from lcm_jax.step import DTYPES
 
+    if remote(args.out):
+        raise InputError(f'{args.out}: caches are written and read by path: give a local folder')
     said = settings(args)
     source = open_source(args.source, said)
     for line in source.left_out():
