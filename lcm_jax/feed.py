@@ -36,6 +36,17 @@ def check_made_of(file, now):
         )
 
 
+def check_dtype(source, dtype):
+    """InputError for a cache whose text embeddings are of another type than the run's."""
+    arrays = source.encoded['arrays'] if source.encoded else {}
+    for key in ('context', 'pooled'):
+        if key in arrays and arrays[key]['dtype'] != dtype:
+            raise InputError(
+                f'{source.name}: its {key} is {arrays[key]["dtype"]}; this run has dtype = {dtype!r}: '
+                f'make the cache again with --dtype {dtype}, or set dtype to what it has'
+            )
+
+
 def told(source):
     """Say what a source leaves out -> the source."""
     for line in source.left_out():
@@ -62,7 +73,9 @@ class Feed:
     def open(self, name, folder):
         """A source's name -> the Source to read, encoded into `folder` if that is asked for."""
         if not self.config.data.cache or name.startswith('cache:'):
-            return told(open_source(name, self.settings, self.config.model))
+            source = told(open_source(name, self.settings, self.config.model))
+            check_dtype(source, self.config.dtype)
+            return source
         made_of = self.made_of(name)
         check_made_of(folder / MADE_OF, made_of)
         if not complete(folder):

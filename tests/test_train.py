@@ -358,6 +358,10 @@ def test_a_cache_of_something_else_is_refused(model, tmp_path):
         ({'data__resolution': 20}, 'data.resolution = 20: must be a multiple of 8'),
         ({'data__source': 'synthetic:41'}, "source = 'synthetic:40' .now 'synthetic:41'"),
         ({'data__flip': True}, 'data.flip = False .now True'),
+        (
+            {'data__source': f'cache:{tmp_path}/cache', 'dtype': 'bfloat16'},
+            "/cache: its context is float32; this run has dtype = 'bfloat16': .* --dtype bfloat16, or",
+        ),
     ):
         with pytest.raises(InputError, match=said):
             runs.run(model, tmp_path, data__cache=True, train__steps=1, **changes)
