@@ -15,6 +15,7 @@ import optax
 import pytest
 import runs
 from safetensors.numpy import load_file, save_file
+from sets import sample, tar_of
 
 from lcm_jax import demo, feed, metrics, sharding, step, train
 from lcm_jax.data import cache
@@ -329,6 +330,17 @@ def test_the_best_is_known_after_a_resume(model, tmp_path):
     runs.run(model, tmp_path, train__steps=8)
     runs.same(first, runs.exported(tmp_path, 'lora_best'))
     assert runs.checkpoints(tmp_path)[0] == [2, 6, 8]
+
+
+def test_a_run_says_what_its_sources_leave_out(model, tmp_path, capsys):
+    members = [m for i in range(8) for m in sample(f'{i}', size=(16, 16))]
+    tar = tar_of(tmp_path / 'x.tar', [*members, *sample('9', caption='')])
+    changes = {'data.source': f'wds:{tar}', 'data.validation': f'wds:{tar}', 'data.max_dropped': 1}
+    config, _, _ = train.parse(runs.arguments(model, tmp_path / 'run', changes))
+    mesh = sharding.make_mesh()
+    feed.Feed(describe(str(model)), config, mesh, tmp_path / 'run').close()
+    line = f'wds:{tar}: broken, by the index: 1 empty caption (first: x.tar/9)\n'
+    assert capsys.readouterr().out == 2 * line
 
 
 # --- the cache of a run
