@@ -3,7 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.settings import DataSettings, check_latents
+from lcm_jax.errors import InputError
 
 # Options that are keys of DataSettings, with what their help says.
 OPTIONS = {
@@ -24,8 +25,10 @@ OPTIONS = {
 
 
 def settings(args):
-    """Parsed arguments -> DataSettings."""
-    return DataSettings(source=args.source, **{key: getattr(args, key) for key in OPTIONS})
+    """Parsed arguments -> DataSettings that a run may have."""
+    said = DataSettings(source=args.source, **{key: getattr(args, key) for key in OPTIONS})
+    check_latents(said)
+    return said
 
 
 def check(args):
@@ -47,13 +50,18 @@ def cache(args):
     from tqdm import tqdm
 
     from lcm_jax.data.cache_fill import write_cache
+    from lcm_jax.data.files import remote
     from lcm_jax.data.sources import open_source
     from lcm_jax.encode import encoder
     from lcm_jax.model import describe
     from lcm_jax.step import DTYPES
 
+    if remote(args.out):
+        raise InputError(f'{args.out}: caches are written and read by path: give a local folder')
     said = settings(args)
     source = open_source(args.source, said)
+    for line in source.left_out():
+        print(line, flush=True)
     model = describe(args.model)
     encode = encoder(model, DTYPES[args.dtype], DTYPES[args.vae_dtype])
     with tqdm(total=-(-len(source) // args.processes), unit=' samples') as bar:
@@ -70,7 +78,7 @@ def cache(args):
             log=lambda n: bar.update(n - bar.n),
         )
     if broken:
-        print(f'left out: {broken}')
+        print(f'broken, when read: {broken}')
     print(f'wrote {done:,} samples; train with model={args.model} data.source=cache:{args.out}')
 
 

@@ -12,7 +12,7 @@ from lcm_jax import sharding
 from lcm_jax.data.cache import complete, part_name
 from lcm_jax.data.cache_fill import write_cache
 from lcm_jax.data.loader import loader
-from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.settings import DataSettings, check_latents
 from lcm_jax.data.sources import open_source
 from lcm_jax.encode import encoder
 from lcm_jax.errors import InputError
@@ -36,12 +36,31 @@ def check_made_of(file, now):
         )
 
 
+def check_dtype(source, dtype):
+    """InputError for a cache whose text embeddings are of another type than the run's."""
+    arrays = source.encoded['arrays'] if source.encoded else {}
+    for key in ('context', 'pooled'):
+        if key in arrays and arrays[key]['dtype'] != dtype:
+            raise InputError(
+                f'{source.name}: its {key} is {arrays[key]["dtype"]}; this run has dtype = {dtype!r}: '
+                f'make the cache again with --dtype {dtype}, or set dtype to what it has'
+            )
+
+
+def told(source):
+    """Say what a source leaves out -> the source."""
+    for line in source.left_out():
+        say(f'{source.name}: {line}')
+    return source
+
+
 class Feed:
     """A config's data for a Model, on a mesh. With data.cache it is encoded into `workdir`/cache first."""
 
     def __init__(self, model, config, mesh, workdir):
         self.model, self.config, self.mesh = model, config, mesh
         self.settings = DataSettings(**{k: v for k, v in config.data.items() if k not in OURS})
+        check_latents(self.settings)
         self.home, self.batch = sharding.batch_sharding(mesh), config.train.batch
         self.rows = sharding.local_rows(self.home, self.batch)
         self.tokenizers = model.tokenizers()
@@ -52,15 +71,18 @@ class Feed:
         self.sizes = self.loader.shapes  # (height, width) px of each bucket
 
     def open(self, name, folder):
+        """A source's name -> the Source to read, encoded into `folder` if that is asked for."""
         if not self.config.data.cache or name.startswith('cache:'):
-            return open_source(name, self.settings, self.config.model)
+            source = told(open_source(name, self.settings, self.config.model))
+            check_dtype(source, self.config.dtype)
+            return source
         made_of = self.made_of(name)
         check_made_of(folder / MADE_OF, made_of)
         if not complete(folder):
             sharding.wait('cache')  # all look before one writes
-            self.fill(open_source(name, self.settings), folder, made_of)
+            self.fill(told(open_source(name, self.settings)), folder, made_of)
             sharding.wait('cache filled')
-        return open_source(f'cache:{folder}', self.settings, self.config.model)
+        return told(open_source(f'cache:{folder}', self.settings, self.config.model))
 
     def made_of(self, name):
         """All that a cache depends on -> {key of the config: value}.
@@ -145,7 +167,5 @@ class Feed:
 
     def describe(self):
         """One line of what it is made of."""
-        source, dropped = self.source, self.source.broken
         sizes = ', '.join(f'{h} x {w}' for h, w in self.sizes)
-        gone = ''.join(f'; left out {d}' for d in (dropped, source.filtered) if d)
-        return f'{source.name}: {len(source)} samples, {sizes} px{gone}'
+        return f'{self.source.name}: {len(self.source)} samples, {sizes} px'

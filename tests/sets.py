@@ -64,8 +64,9 @@ def example(**features):
     for name, value in features.items():
         feature = record.features.feature[name]
         values = value if isinstance(value, list) else [value]
-        kind = {bytes: 'bytes_list', float: 'float_list', int: 'int64_list'}[type(values[0])]
-        getattr(feature, kind).value.extend(values)
+        for one in values:
+            kind = {bytes: 'bytes_list', float: 'float_list', int: 'int64_list'}[type(one)]
+            getattr(feature, kind).value.append(one)
     return record.SerializeToString()
 
 

@@ -1,9 +1,16 @@
 """Bad input from outside: what each says."""
 
+import io
+from pathlib import Path
+
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from sets import array_record, encoded, example, sample, shard, tar_of
 
+from lcm_jax.data import records, tars
+from lcm_jax.data.samples import Broken
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.errors import InputError
@@ -89,6 +96,52 @@ def test_a_shard_that_ends_early_keeps_what_comes_before(tmp_path, harm, said):
     assert '\n' not in str(e.value)
 
 
+class Gone(Exception):
+    """Stands for the errors of remote stores, which are not all OSErrors."""
+
+
+@pytest.mark.parametrize('error', [Gone('503'), OSError('503'), ValueError('503')])
+@pytest.mark.parametrize('name', ['x.tar', 'x.tar.gz'])
+def test_a_remote_file_that_fails_is_not_taken_for_a_cut_one(tmp_path, monkeypatch, error, name):
+    """At any of its reads while it is indexed; when a sample is read, that sample is broken."""
+    packed = tar_of(tmp_path / name, [*sample('0'), *sample('1')], 'w:gz' if 'gz' in name else 'w')
+    url = f'memory://bucket/{name}'
+    with fsspec.open(url, 'wb') as out:
+        out.write(Path(packed).read_bytes())
+    left = 10**9  # reads before one fails
+
+    def read(self, size=-1):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise error
+        return io.BytesIO.read(self, size)
+
+    monkeypatch.setattr(MemoryFile, 'read', read, raising=False)
+    monkeypatch.setattr(MemoryFileSystem, 'cat_file', lambda self, path, **kw: read(None))
+    source = open_source(f'wds:{url}', DataSettings())
+    for i in range(1, 10**9 - left + 1):
+        left = i
+        tars.inflated.cache_clear()
+        with pytest.raises(InputError, match=f'cannot read {url}: 503'):
+            open_source(f'wds:{url}', BORNE)
+    left = 1
+    tars.inflated.cache_clear()
+    with pytest.raises(Broken, match=r'file cannot be read.*503'):
+        source.read(0)
+
+
+@pytest.mark.parametrize('pattern', ['memory://bucket/a.tar', 'memory://bucket/*.tar'])
+def test_a_store_that_cannot_be_asked(monkeypatch, pattern):
+    def fail(*args, **kw):
+        raise Gone('no permission')
+
+    for name in ('info', 'glob'):
+        monkeypatch.setattr(MemoryFileSystem, name, fail)
+    with pytest.raises(InputError, match=r'memory://bucket/.*\.tar: no permission'):
+        open_source(f'wds:{pattern}', BORNE)
+
+
 def test_files_that_are_no_tars(tmp_path):
     (tmp_path / 'text.tar').write_text('no tar at all')
     (tmp_path / 'text.tar.gz').write_text('no gzip at all')
@@ -114,14 +167,47 @@ def test_files_that_are_no_tars(tmp_path):
 def test_array_records_that_are_none(tmp_path):
     file = tmp_path / 'x.array_record'
     array_record(
-        file, [example(image=encoded(), text=b'one'), b'\xff no example', example(text=b'')]
+        file,
+        [
+            example(image=encoded(), text=b'one'),
+            b'\xff no example',
+            *(example(text=b'x', **image) for image in ({}, {'image': []}, {'image': 3})),
+            example(text=b'x', image=[encoded(), encoded()]),
+        ],
     )
     source = open_source(f'array_record:{file}', BORNE)
     assert len(source) == 1
-    assert source.broken.counts == {'record is no tf.train.Example': 1, 'no picture': 1}
+    assert source.broken.counts == {'record is no tf.train.Example': 1, 'no picture': 4}
+    assert [detail for _, reason, detail in source.index.broken if reason == 'no picture'] == [
+        'it has text',
+        "its 'image' holds 0 values, not one encoded file",
+        "its 'image' holds int, not one encoded file",
+        "its 'image' holds 2 values, not one encoded file",
+    ]
     (tmp_path / 'y.array_record').write_text('no array_record')
     with pytest.raises(InputError, match='1 of 1 files cannot be read'):
         open_source(f'array_record:{tmp_path}/y.array_record', DataSettings())
+
+
+def test_a_tfds_record_that_cannot_be_read_is_broken(monkeypatch):
+    class Set(list):
+        def __getitem__(self, i):
+            if i == 1:
+                raise RuntimeError('corrupted')
+            return list.__getitem__(self, i)
+
+    features = {'image': encoded(), 'caption': b'one'}
+    flat = features | {'image': np.zeros((4, 4), np.uint8)}
+    found = Set([features, features, flat])
+    monkeypatch.setattr(records, 'data_source', lambda name: found)
+    source = open_source('tfds:any/train', BORNE)
+    assert len(source) == 1 and source.read(0).captions == ('one',)
+    assert source.broken.first == {
+        'record cannot be read': '00000001: corrupted',
+        'no picture': "00000002: its 'image' holds ndarray, not one encoded file",
+    }
+    with pytest.raises(Broken, match=r'record cannot be read.*corrupted'):
+        source.fetch([1])
 
 
 def test_folders_that_are_none(tmp_path):

@@ -119,6 +119,30 @@ def test_broken_samples_are_left_out_and_counted(tmp_path, tokenizers):
         open_source(f'cache:{tmp_path}/d', SETTINGS)
 
 
+def test_filling_stops_once_too_many_are_broken(tmp_path, tokenizers):
+    """Here of the second of two processes, before it has encoded anything."""
+    bad = [
+        m for i in range(8) for m in ((f'{i}.png', encoded(size=(40, 40))[:60]), (f'{i}.txt', b'x'))
+    ]
+    tar = tar_of(tmp_path / 'x.tar', [*bad, *(m for i in range(12) for m in sample(f'a{i}'))])
+    source = open_source(f'wds:{tar}', SETTINGS)
+    settings = dataclasses.replace(SETTINGS, max_dropped=0.15)
+    with pytest.raises(InputError, match=r'2 of 10 samples are broken.*x.tar/1'):
+        write(tmp_path / 'c', source, tokenizers, settings, process=1, processes=2, log=pytest.fail)
+
+
+@pytest.mark.parametrize('key', ['mean', 'context'])
+def test_an_encoding_that_is_not_finite_names_its_sample(tmp_path, tokenizers, key):
+    def poisoned(arrays):
+        out = {k: np.array(x) for k, x in encode(arrays).items()}
+        out[key][2] = np.inf
+        return out
+
+    source = open_source('synthetic:4', SETTINGS)
+    with pytest.raises(InputError, match=f'synthetic:4: 00000002: its {key} is not finite'):
+        write_cache(tmp_path, source, tokenizers, SETTINGS, poisoned, model='emoji', batch=4)
+
+
 def test_a_part_may_be_empty(tmp_path, tokenizers):
     source = open_source('synthetic:2', SETTINGS)
     for p in range(3):

@@ -1,11 +1,15 @@
 """lcm-jax data check, and the arguments of lcm-jax data cache."""
 
+import types
+
+import numpy as np
 import pytest
 from PIL import Image
-from sets import sample, tar_of
+from sets import encoded, sample, tar_of
 
 from lcm_jax.cli import main, parser
 from lcm_jax.data_cli import settings
+from lcm_jax.text import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,36 @@ def test_check_says_what_is_in_a_source(tmp_path, capsys):
     assert Image.open(sheet).size[0] > 700
 
 
+def test_cache_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
+    """With a stand-in for the model; so does the check of what it wrote."""
+
+    def encode(batch):
+        return {'mean': batch['pixels'][:, ::8, ::8].astype(np.float32)}
+
+    model = types.SimpleNamespace(tokenizers=lambda: (Tokenizer.clip(),))
+    monkeypatch.setattr('lcm_jax.model.describe', lambda name: model)
+    monkeypatch.setattr('lcm_jax.encode.encoder', lambda *args: encode)
+    members = [m for i in range(4) for m in sample(f'{i}', aesthetic=i)]
+    early = [('8.png', encoded(size=(40, 40))[:60]), *sample('8', aesthetic=9)[1:]]
+    late = [*sample('9', caption=''), *sample('lost')]
+    tar = tar_of(file := tmp_path / 'x.tar', [*members, *early, *late])
+    content = file.read_bytes().rstrip(b'\0')
+    file.write_bytes(content + bytes(-len(content) % 512))  # without the end mark
+    options = ['--min-aesthetic', '1', '--max-dropped', '1']
+    main(['data', 'cache', f'wds:{tar}', str(tmp_path / 'c'), *options])
+    out = capsys.readouterr().out
+    for line in (
+        'broken, by the index: 1 empty caption (first: x.tar/9)',
+        'left out by the filters: 1 outside min_aesthetic = 1 (first: x.tar/0: 0)',
+        f'not read to its end: {tar}: no tar header and no end mark',
+        'broken, when read: 1 picture cannot be read (first: x.tar/8: ',
+        'wrote 3 samples; ',
+    ):
+        assert line in out
+    main(['data', 'check', f'cache:{tmp_path}/c'])
+    assert 'broken, when it was encoded: 1 picture cannot be read\n' in capsys.readouterr().out
+
+
 def test_check_reads_some_or_all(capsys):
     for limit, n in (('5', 5), ('0', 30), ('99', 30)):
         main(['data', 'check', 'synthetic:30', '--limit', limit])
@@ -45,13 +79,14 @@ def test_check_reads_some_or_all(capsys):
 
 def test_bad_input_is_one_line(tmp_path):
     tar = tar_of(tmp_path / 'x.tar', sample('1'))
-    for source, options, said in (
-        ('synthetic:0', [], 'error: synthetic:0: write synthetic:N'),
-        ('synthetic:9', ['--resolution', '13'], 'error: data.resolution = 13: must be a multiple'),
-        (f'wds:{tar}', ['--min-size', '64'], 'the filters drop all 1: 1 outside min_size = 64'),
+    for arguments, said in (
+        (['cache', 'synthetic:9', 'gs://b/c'], 'gs://b/c: caches are written and read by path'),
+        (['check', 'synthetic:0'], 'error: synthetic:0: write synthetic:N'),
+        (['check', 'synthetic:9', '--resolution', '13'], 'error: data.resolution = 13: must be a'),
+        (['check', f'wds:{tar}', '--min-size', '64'], 'drop all 1: 1 outside min_size = 64'),
     ):
         with pytest.raises(SystemExit) as e:
-            main(['data', 'check', source, *options])
+            main(['data', *arguments])
         assert said in e.value.code and '\n' not in e.value.code
 
 

@@ -343,6 +343,14 @@ def test_folders_that_cannot_be_measured(tmp_path, make, said):
     assert said in str(e.value)
 
 
+def test_pictures_of_any_size_are_measured(tmp_path):
+    for i in range(3):
+        shade = Image.new('L', (100, 100), 90 * i).convert('RGB')
+        shade.save(tmp_path / f'{i}.png')
+    found = measure.compare(f'pictures:{tmp_path}', f'pictures:{tmp_path}')
+    assert found['fid'] == pytest.approx(0, abs=1e-3) and found['real'] == 3
+
+
 def test_measure_prints_the_distance_and_keeps_statistics(tmp_path, capsys):
     kept = tmp_path / 'real.npz'
     main(['measure', 'emoji-heldout:noto', 'emoji-heldout:twemoji', '--save-real', str(kept)])

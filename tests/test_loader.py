@@ -10,6 +10,7 @@ from sets import encoded, file_of, noise, shard, tar_of
 
 from lcm_jax.data.loader import groups, loader
 from lcm_jax.data.pictures import Draw, draw, nearest, prepare, shapes
+from lcm_jax.data.samples import Broken
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.errors import InputError
@@ -51,6 +52,21 @@ def test_the_sizes_say_where_the_pixels_come_from(height, width, flip):
         corners.add((top, left))
     assert {top for top, _ in corners} == {*range(tall - 24 + 1)}
     assert {left for _, left in corners} == {*range(wide - 32 + 1)}
+
+
+def test_of_a_large_picture_only_the_cut_is_held():
+    pixels, _ = prepare(noise(0, 40, 300), (40, 300), (32, 32), Draw(0.5, 0.5, True, 0))
+    while isinstance(pixels.base, np.ndarray):
+        pixels = pixels.base
+    assert pixels.size == 32 * 32 * 3
+
+
+@pytest.mark.parametrize(('height', 'width'), [(1, 17), (170, 10)])
+def test_a_thin_picture_is_broken(height, width):
+    drawn = Draw(0.5, 0.5, False, 0)
+    with pytest.raises(Broken, match=f'too elongated.*{height} x {width}, to be cut to 32 x 32'):
+        prepare(noise(0, height, width), (height, width), (32, 32), drawn)
+    assert prepare(noise(0, 1, 16), (1, 16), (32, 32), drawn)[0].shape == (32, 32, 3)
 
 
 def test_resizing_is_antialiased():
@@ -225,7 +241,6 @@ def test_bucket_shapes_are_those_of_sdxl():
     ('key', 'value'),
     [
         *(
-            ('resolution', 60),
             ('resolution', 0),
             ('max_dropped', 1.5),
             ('seed', -1),

@@ -1,11 +1,12 @@
 """Every layout that sources read."""
 
+import io
 import json
 
 import fsspec
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from sets import array_record, encoded, example, file_of, noise, sample, shard, tar_of
 
 from lcm_jax.data import files, samples
@@ -93,6 +94,23 @@ def test_captions_from_json_and_sizes_of_the_original(tmp_path):
     assert source.original(0) == (40, 60) and source.original(1) == source.size(1) == (4, 6)
 
 
+@pytest.mark.parametrize('said', [{}, {'exif': '{"Image Orientation": "Rotated 90 CW"}'}])
+def test_sizes_of_img2dataset_are_as_stored(tmp_path, said):
+    """With --skip_reencode its pictures keep their EXIF, and lie otherwise than they are shown."""
+    exif = Image.Exif()
+    exif[samples.ORIENTATION] = 6
+    picture = file_of(noise(0, 4, 6), 'JPEG', exif=exif)
+    sizes = {'height': 4, 'width': 6, 'original_height': 40, 'original_width': 60}
+    tar = tar_of(tmp_path / 'x.tar', [('1.jpg', picture), *sample('1', **sizes, **said)[1:]])
+    source = open_source(f'wds:{tar}', OFF)
+    assert (source.size(0), source.original(0)) == ((6, 4), (60, 40))
+
+
+def test_sizes_are_believed_where_img2dataset_saw_no_orientation(tmp_path):
+    tar = tar_of(tmp_path / 'x.tar', sample('1', height=5, width=7, exif='{}'))
+    assert open_source(f'wds:{tar}', OFF).size(0) == (5, 7)
+
+
 def test_tars_elsewhere_and_compressed(tmp_path):
     plain = shard(tmp_path / 'a.tar', 3)
     content = (tmp_path / 'a.tar').read_bytes()
@@ -139,6 +157,21 @@ def test_a_folder_with_captions_beside(tmp_path):
     assert [(name, captions) for name, captions, _ in got] == [
         ('b.png', ('a red one',)),
         ('deep/a.webp', ('a blue one',)),
+    ]
+
+
+def test_lines_of_metadata_end_at_newlines_and_are_utf_8(tmp_path):
+    """A caption may hold what splitlines() splits at; U+FFFD never stands for what is not UTF-8."""
+    captions = 'a\u2028b\x85c'.encode(), 'caf\u00e9'.encode('latin-1'), b'\\ud83d', b'd'
+    lines = [b'{"file_name": "%d.png", "text": "%s"}\r\n' % pair for pair in enumerate(captions)]
+    (tmp_path / 'metadata.jsonl').write_bytes(b''.join(lines))
+    for i in range(4):
+        (tmp_path / f'{i}.png').write_bytes(encoded())
+    source = open_source(f'folder:{tmp_path}', OFF)
+    assert [captions for _, captions, _ in contents(source)] == [('a\u2028b\x85c',), ('d',)]
+    assert [x[:2] for x in source.index.broken] == [
+        ('1.png', 'caption is not UTF-8'),
+        ('2.png', 'caption is not UTF-8'),
     ]
 
 
@@ -253,6 +286,31 @@ def test_pictures_are_upright_and_on_white(tmp_path):
     assert (np.asarray(samples.decode(source.read(0).picture)) == np.rot90(picture, -1)).all()
     grey = samples.decode(file_of(Image.new('L', (2, 2), 7)))
     assert grey.getpixel((0, 0)) == (7, 7, 7)
+    deep = samples.decode(file_of(Image.fromarray(np.full((2, 2), 0x4080, np.uint16))))
+    assert deep.getpixel((0, 0)) == (0x40,) * 3
+
+
+@pytest.mark.parametrize('orientation', ['6', b'\x06', TiffImagePlugin.IFDRational(6, 1), 9])
+def test_an_orientation_that_is_none_leaves_a_picture_as_it_lies(orientation):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    kinds = {str: 2, int: 3, TiffImagePlugin.IFDRational: 5, bytes: 7}
+    tags.tagtype[samples.ORIENTATION] = kinds[type(orientation)]
+    tags[samples.ORIENTATION] = orientation
+    exif = b'Exif\0\0II*\0\x08\0\0\0' + tags.tobytes(8)
+    picture = file_of(noise(0, 4, 6), 'JPEG', exif=exif)
+    assert samples.size_of(io.BytesIO(picture)) == (4, 6)
+    assert samples.decode(picture).size == (6, 4)
+
+
+@pytest.mark.parametrize('error', [TypeError('bad operand type for abs()'), AttributeError('x')])
+def test_whatever_pil_raises_is_a_broken_picture(monkeypatch, error):
+    def fail(*args, **kw):
+        raise error
+
+    monkeypatch.setattr(samples.Image, 'open', fail)
+    for read in (samples.decode, lambda picture: samples.size_of(io.BytesIO(picture))):
+        with pytest.raises(samples.Broken, match=f'picture cannot be read.*{error.args[0][:8]}'):
+            read(encoded())
 
 
 def test_the_shipped_set():

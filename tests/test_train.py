@@ -15,8 +15,10 @@ import optax
 import pytest
 import runs
 from safetensors.numpy import load_file, save_file
+from sets import sample, tar_of
 
 from lcm_jax import demo, feed, metrics, sharding, step, train
+from lcm_jax.data import cache
 from lcm_jax.data.emoji import emoji
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
@@ -220,23 +222,17 @@ def test_gradient_steps_lower_the_loss_towards_a_fixed_target(model):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """poison(samples): the latents of these samples of a source become NaN when it is cached."""
+    """poison(samples): the latents of these samples of a source are NaN when its cache is read."""
 
     def poison(samples):
-        make = feed.encoder
+        fetch = cache.fetch
 
-        def poisoned(*args):
-            encode = make(*args)
+        def poisoned(paths, arrays, place):
+            out = fetch(paths, arrays, place)
+            bad = place[1] in samples  # the number of the record
+            return out | {'mean': np.full_like(out['mean'], np.nan)} if bad else out
 
-            def run(batch):
-                out = encode(batch)
-                mean = np.array(out['mean'])
-                mean[samples] = np.nan
-                return out | {'mean': mean}
-
-            return run
-
-        monkeypatch.setattr(feed, 'encoder', poisoned)
+        monkeypatch.setattr(cache, 'fetch', poisoned)
 
     return poison
 
@@ -270,7 +266,7 @@ def test_a_step_that_is_not_finite_changes_nothing(model, tmp_path, poison, monk
 
 
 def test_many_such_steps_in_a_row_end_the_run(model, tmp_path, poison):
-    poison(slice(None))
+    poison(range(40))
     with pytest.raises(InputError, match=r'3 steps in a row .* not finite; step 1: 0000\d{4}, '):
         runs.run(model, tmp_path / 'run', data__cache=True, train__max_skipped=2)
 
@@ -336,6 +332,17 @@ def test_the_best_is_known_after_a_resume(model, tmp_path):
     assert runs.checkpoints(tmp_path)[0] == [2, 6, 8]
 
 
+def test_a_run_says_what_its_sources_leave_out(model, tmp_path, capsys):
+    members = [m for i in range(8) for m in sample(f'{i}', size=(16, 16))]
+    tar = tar_of(tmp_path / 'x.tar', [*members, *sample('9', caption='')])
+    changes = {'data.source': f'wds:{tar}', 'data.validation': f'wds:{tar}', 'data.max_dropped': 1}
+    config, _, _ = train.parse(runs.arguments(model, tmp_path / 'run', changes))
+    mesh = sharding.make_mesh()
+    feed.Feed(describe(str(model)), config, mesh, tmp_path / 'run').close()
+    line = f'wds:{tar}: broken, by the index: 1 empty caption (first: x.tar/9)\n'
+    assert capsys.readouterr().out == 2 * line
+
+
 # --- the cache of a run
 
 
@@ -360,8 +367,13 @@ def test_a_cache_that_was_interrupted_is_filled_again(model, tmp_path):
 def test_a_cache_of_something_else_is_refused(model, tmp_path):
     runs.run(model, tmp_path, data__cache=True, train__steps=1)
     for changes, said in (
+        ({'data__resolution': 20}, 'data.resolution = 20: must be a multiple of 8'),
         ({'data__source': 'synthetic:41'}, "source = 'synthetic:40' .now 'synthetic:41'"),
         ({'data__flip': True}, 'data.flip = False .now True'),
+        (
+            {'data__source': f'cache:{tmp_path}/cache', 'dtype': 'bfloat16'},
+            "/cache: its context is float32; this run has dtype = 'bfloat16': .* --dtype bfloat16, or",
+        ),
     ):
         with pytest.raises(InputError, match=said):
             runs.run(model, tmp_path, data__cache=True, train__steps=1, **changes)

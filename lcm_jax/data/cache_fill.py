@@ -16,11 +16,13 @@ def write_cache(
     encode({'pixels', 'ids', 'sizes'}, [batch, ...] each as `loader` gives them) -> {'mean', 'logvar',
     'context', ...}, arrays of as many rows; it is always given full batches of one shape. model: the
     name that a run which reads the cache must have. Crops, flips and captions are those of step 0 and
-    row i. log(samples done) is called after each batch. Raises InputError if the cache is there, and
-    if more than settings.max_dropped of the samples are broken.
+    row i. log(samples done) is called after each batch. Raises InputError if the cache is there, for a
+    sample whose encoding is not finite, and as soon as more than settings.max_dropped of the samples
+    are broken.
     """
     if source.encoded:
         raise InputError(f'{source.name} is a cache already')
+    numbers = range(process, len(source), processes)
     maker = One(source, tuple(tokenizers), settings)
     head = {'model': model, 'resolution': settings.resolution, 'shapes': maker.shapes}
     writer = Writer(folder, head, process, processes)
@@ -33,16 +35,17 @@ def write_cache(
         arrays = {key: np.stack([item[3][key] for item in full]) for key in full[0][3]}
         out = {key: np.asarray(x) for key, x in encode(arrays).items()} | {'sizes': arrays['sizes']}
         for j, (i, name, size, _) in enumerate(items):
-            writer.add(name, i, bucket, size, {key: x[j] for key, x in out.items()})
+            one = {key: x[j] for key, x in out.items()}
+            check_finite(f'{source.name}: {name}', one)
+            writer.add(name, i, bucket, size, one)
         done += len(items)
         if log:
             log(done)
 
-    for i, bucket, name, arrays, fault in iterate(
-        maker.item, range(process, len(source), processes), settings
-    ):
+    for i, bucket, name, arrays, fault in iterate(maker.item, numbers, settings):
         if fault:
             broken.add(fault[0], name, fault[1])
+            broken.check(source.name, len(numbers) - len(broken), settings.max_dropped)
             continue
         waiting[bucket].append((i, name, source.size(i), arrays))
         if len(waiting[bucket]) == batch:
@@ -50,6 +53,15 @@ def write_cache(
     for bucket, items in enumerate(waiting):
         if items:
             flush(bucket)
-    broken.check(source.name, done, settings.max_dropped)
     writer.close(broken.counts)
     return done, broken
+
+
+def check_finite(name, arrays):
+    """InputError for a sample whose encoding holds inf or nan."""
+    for key, x in arrays.items():
+        if not np.isfinite(x).all():
+            raise InputError(
+                f'{name}: its {key} is not finite; encode it with dtype and '
+                'vae_dtype float32, or leave the picture out'
+            )

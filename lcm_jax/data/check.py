@@ -20,12 +20,7 @@ def report(source, tokenizer, settings, limit):
     index = source.index
     total = len(index.names) + len(source.broken)
     yield f'{source.name}: {len(source):,} of {total:,} samples'
-    if source.broken:
-        yield f'broken, by the index: {source.broken}'
-    if source.filtered:
-        yield f'left out by the filters: {source.filtered}'
-    for file, why in source.cut:
-        yield f'not read to its end: {file}: {why}'
+    yield from source.left_out()
     if index.repeats:
         yield f'keys that came before in the same file: {index.repeats:,}; each is a sample'
     if source.encoded:
@@ -96,18 +91,21 @@ def contact_sheet(source, settings):
         try:
             raw = source.read(i)
             picture = decode(raw.picture)
+            cuts = [cut(picture, source, i, shape_of[i], k, settings) for k in range(DRAWS)]
         except Broken as e:
             names.append(f'{source.sample_name(i)}: {e.reason}')
             cells.append([])
             continue
-        cuts = [
-            prepare(picture, source.original(i), shape_of[i], draw(settings.seed, k, i, settings))
-            for k in range(DRAWS)
-        ]
         names.append(f'{source.sample_name(i)}: {raw.captions[0]}'[:LABEL])
-        cells.append([tile(p) for p in (picture, *(Image.fromarray(p) for p, _ in cuts))])
+        cells.append([tile(p) for p in (picture, *cuts)])
     columns = ['as stored', *(f'draw {k + 1}' for k in range(DRAWS))]
     return grid(names, columns, cells, tile=TILE, label_width=330)
+
+
+def cut(picture, source, i, shape, step, settings):
+    """A sample's picture as step `step` cuts it -> PIL image. Raises Broken."""
+    drawn = draw(settings.seed, step, i, settings)
+    return Image.fromarray(prepare(picture, source.original(i), shape, drawn)[0])
 
 
 def tile(picture):

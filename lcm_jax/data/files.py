@@ -1,5 +1,6 @@
 """Files here and elsewhere: patterns, reading by offset, and indexes that are kept."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,7 +17,7 @@ import numpy as np
 from lcm_jax.data.samples import Broken, Index, describe
 from lcm_jax.errors import InputError
 
-VERSION = 1  # of the kept indexes
+VERSION = 2  # of the kept indexes
 KEEP_AFTER = 1.0  # seconds that an index must have taken to be worth keeping
 LISTS = ('names', 'broken', 'cut', 'repeats', 'files')  # columns that are no arrays
 CHANGES = ('size', 'mtime', 'etag', 'ETag', 'LastModified', 'updated', 'created')
@@ -24,6 +25,45 @@ CHANGES = ('size', 'mtime', 'etag', 'ETag', 'LastModified', 'updated', 'created'
 
 def remote(url):
     return '://' in url
+
+
+@contextlib.contextmanager
+def reading(url):
+    """What goes wrong with the file is an InputError that names it: stores have errors of all kinds."""
+    try:
+        yield
+    except Exception as e:
+        raise InputError(f'cannot read {url}: {describe(e)}') from e
+
+
+class Elsewhere:
+    """An open remote file. What goes wrong with it, now or then, is not taken for damage: InputError."""
+
+    def __init__(self, url):
+        self.url = url
+        with reading(url):
+            self.file = fsspec.open(url, 'rb').open()
+
+    def read(self, size=-1):
+        with reading(self.url):
+            return self.file.read(size)
+
+    def seek(self, offset, whence=0):
+        return self.file.seek(offset, whence)
+
+    def tell(self):
+        return self.file.tell()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+
+def opened(url):
+    """-> an open file that can be sought in. Raises OSError; for a remote file, InputError."""
+    return Elsewhere(url) if remote(url) else open(url, 'rb')
 
 
 def expand(pattern):
@@ -36,7 +76,7 @@ def expand(pattern):
         try:
             fs, path = fsspec.core.url_to_fs(each)
             urls += [fs.unstrip_protocol(p) if remote(each) else p for p in sorted(fs.glob(path))]
-        except (OSError, ValueError, ImportError) as e:
+        except Exception as e:  # as in `reading`
             raise InputError(f'{each}: {describe(e)}') from e
     if not urls:
         raise InputError(f'no file matches {pattern}')
@@ -72,7 +112,7 @@ def read_range(url, offset, size):
         else:
             file = handle(url)  # held, so that it stays open until it has been read
             got = os.pread(file.fileno(), size, offset)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # as in `reading`
         raise Broken('file cannot be read', describe(e)) from e
     if len(got) != size:
         raise Broken('file cannot be read', f'{len(got)} of {size} bytes at {offset}')
@@ -120,7 +160,7 @@ def kept(url, index_one, caption):
     try:
         fs, path = fsspec.core.url_to_fs(url)
         info = fs.info(path)
-    except (OSError, ValueError, ImportError) as e:
+    except Exception as e:  # as in `reading`
         raise InputError(f'cannot open {url}: {describe(e)}') from e
     said = {key: str(info[key]) for key in CHANGES if key in info}
     key = json.dumps([VERSION, index_one.__module__, fs.unstrip_protocol(path), caption, said])

@@ -27,10 +27,8 @@ def open_folder(folder, caption):
     table = metadata_table(root)
     files = [p for p in sorted(root.rglob('*')) if p.suffix.lower()[1:] in PICTURES]
     names = [p.relative_to(root).as_posix() for p in files]
-    rows = []
-    broken = [
-        (name, 'no picture', 'metadata.jsonl names it') for name in table if name not in {*names}
-    ]
+    rows, here = [], {*names}
+    broken = [(name, 'no picture', 'metadata.jsonl names it') for name in table if name not in here]
     for i, (name, file) in enumerate(zip(names, files, strict=True)):
         try:
             parts, meta = beside(file, table.get(name, {}), caption)
@@ -100,15 +98,18 @@ def beside(file, meta, caption):
 
 
 def metadata_table(root):
-    """metadata.jsonl of a folder -> {file name: dict}; {} if there is none. Raises InputError."""
+    """metadata.jsonl of a folder -> {file name: dict}; {} if there is none. Raises InputError.
+
+    Bytes that are not UTF-8 come as lone surrogates, which `captions_of` refuses.
+    """
     file = root / 'metadata.jsonl'
     if not file.is_file():
         return {}
     table = {}
-    for number, line in enumerate(file.read_text(encoding='utf-8', errors='replace').splitlines()):
+    for number, line in enumerate(file.read_bytes().split(b'\n')):
         try:
             if line.strip():
-                said = json.loads(line)
+                said = json.loads(line.decode(errors='surrogateescape'))
                 table[said['file_name']] = said
         except (ValueError, TypeError, KeyError) as e:
             raise InputError(

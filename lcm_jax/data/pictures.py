@@ -7,6 +7,9 @@ from PIL import Image
 
 from lcm_jax.conditioning import micro_conditioning
 from lcm_jax.data.order import DRAW
+from lcm_jax.data.samples import Broken
+
+THIN = 16  # times the cut's area that a resized picture may have
 
 
 class Draw(NamedTuple):
@@ -31,15 +34,18 @@ def prepare(picture, original, target, drawn):
 
     original: (height, width) of the source picture; target: (h, w). The picture is resized by
     Lanczos (antialiased) until it just covers the target, cut, and flipped. The crop's corner is
-    told as seen in the resized picture, after the flip.
+    told as seen in the resized picture, after the flip. Raises Broken for a picture so thin that the
+    cut would be less than 1 / THIN of it.
     """
     (h, w), (height, width) = target, picture.size[::-1]
     scale = max(h / height, w / width)
     tall, wide = max(h, round(height * scale)), max(w, round(width * scale))
+    if tall * wide > THIN * h * w:
+        raise Broken('too elongated', f'{height} x {width}, to be cut to {h} x {w}')
     if (tall, wide) != (height, width):
         picture = picture.resize((wide, tall), Image.Resampling.LANCZOS)
     top, left = corner(tall - h, drawn.top), corner(wide - w, drawn.left)
-    pixels = np.asarray(picture)[top : top + h, left : left + w]
+    pixels = np.asarray(picture.crop((left, top, left + w, top + h)))
     if drawn.flip:
         pixels, left = pixels[:, ::-1], wide - w - left
     return pixels, micro_conditioning(original, (top, left), target)

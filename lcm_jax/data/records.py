@@ -3,6 +3,8 @@
 import functools
 import io
 
+import numpy as np
+
 from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row
 from lcm_jax.errors import InputError
 
@@ -107,12 +109,21 @@ def open_tfds(name, caption):
     Captions may be text or a sequence of texts or of {id, text}. Pictures are left encoded.
     """
     source = data_source(name)
-    index = index_records(len(source), source.__getitem__, caption)
+    index = index_records(len(source), functools.partial(tfds_record, name), caption)
     return index, functools.partial(fetch_tfds, name, caption)
 
 
 def fetch_tfds(name, caption, place):
-    return raw(data_source(name)[int(place[0])], caption)
+    """-> Raw. Raises Broken."""
+    return raw(tfds_record(name, int(place[0])), caption)
+
+
+def tfds_record(name, i):
+    """-> features of a record. Raises Broken."""
+    try:
+        return data_source(name)[i]
+    except UNREADABLE as e:
+        raise Broken('record cannot be read', describe(e)) from e
 
 
 @functools.cache
@@ -164,10 +175,15 @@ def name_of(features):
 
 
 def picture_of(features):
-    found = next((features[k] for k in PICTURES if k in features), None)
-    if found is None:
+    """-> the encoded file, or [H,W,C] uint8. Raises Broken."""
+    key = next((k for k in PICTURES if k in features), None)
+    if key is None:
         raise Broken('no picture', f'it has {", ".join(sorted(features))}')
-    return found
+    found = features[key]
+    if isinstance(found, bytes) or (getattr(found, 'ndim', 0) == 3 and found.dtype == np.uint8):
+        return found
+    what = f'{len(found)} values' if isinstance(found, list) else type(found).__name__
+    raise Broken('no picture', f'its {key!r} holds {what}, not one encoded file')
 
 
 def raw(features, caption):

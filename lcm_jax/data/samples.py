@@ -2,7 +2,6 @@
 
 import io
 import re
-import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +12,6 @@ from lcm_jax.errors import InputError
 ORIENTATION = 274  # EXIF tag; 5..8 are turned by a quarter
 SCORES = {'watermark': 'pwatermark', 'aesthetic': 'aesthetic', 'unsafe': 'punsafe'}  # LAION's names
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # that PIL shall try, in this order
-UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error),
-    Image.DecompressionBombError,
-)  # what PIL raises for files that are no good pictures
 
 
 class Raw(NamedTuple):
@@ -97,14 +92,19 @@ def row(name, place, picture, parts, meta, caption):
     """A sample's row of the index. Raises Broken if its caption or picture is no good.
 
     picture: an open file, or (height, width); parts, meta and caption as in `captions_of`. Sizes
-    that img2dataset wrote into `meta` are believed, so that most pictures need not be looked into.
+    that img2dataset wrote into `meta` are those of the pictures as they lie in the file. They are
+    believed where it also noted that the file had no orientation, so that most pictures need not be
+    looked into.
     """
     captions_of(caption, parts, meta)
-    size = pair(meta, 'height', 'width')
-    if not size:
-        size = picture if isinstance(picture, tuple) else size_of(picture)
+    size, original = pair(meta, 'height', 'width'), pair(meta, 'original_height', 'original_width')
+    if isinstance(picture, tuple):
+        size = size or picture
+    elif not size or 'Orientation' in str(meta.get('exif') or 'Orientation'):
+        size, turned = header(picture)
+        original = original[::-1] if original and turned else original
     scores = [number(meta.get(key)) for key in SCORES.values()]
-    return name, size, pair(meta, 'original_height', 'original_width') or size, scores, place
+    return name, size, original or size, scores, place
 
 
 def pair(meta, *keys):
@@ -130,7 +130,8 @@ def captions_of(field, parts, meta):
         raise Broken('no caption', f'no {field!r} among {", ".join([*parts, *meta]) or "nothing"}')
     try:
         texts = tuple(text for text in (t.strip() for t in strings(found)) if text)
-    except UnicodeDecodeError as e:
+        ''.join(texts).encode()  # JSON may hold half of a surrogate pair
+    except UnicodeError as e:
         raise Broken('caption is not UTF-8', str(e)) from e
     if not texts:
         raise Broken('empty caption')
@@ -150,19 +151,30 @@ def strings(value):
             yield from strings(item)
 
 
-def size_of(file):
-    """An open picture file -> (height, width) from its header. Raises Broken."""
+def header(file):
+    """An open picture file -> (height, width) upright, whether it lies turned by a quarter; Broken."""
     try:
         picture = Image.open(file, formats=FORMATS)
         turned = orientation(picture) >= 5
-    except UNREADABLE as e:
+    except InputError:  # of a remote file: it says nothing about the picture
+        raise
+    except Exception as e:  # PIL raises errors of many kinds for files that are no good pictures
         raise Broken('picture cannot be read', describe(e)) from e
-    return picture.size if turned else picture.size[::-1]
+    return picture.size if turned else picture.size[::-1], turned
+
+
+def size_of(file):
+    """An open picture file -> (height, width) from its header. Raises Broken."""
+    return header(file)[0]
 
 
 def orientation(picture):
-    """How it lies, 1 upright; without decoding it, as `getexif` alone would do with a PNG."""
-    return picture.getexif().get(ORIENTATION, 1) if 'exif' in picture.info else 1
+    """How it lies, 1 upright; without decoding it, as `getexif` alone would do with a PNG.
+
+    What is no number of EXIF's, 1..8, says nothing: 1.
+    """
+    said = picture.getexif().get(ORIENTATION) if 'exif' in picture.info else 1
+    return said if isinstance(said, int) and 1 <= said <= 8 else 1
 
 
 def decode(picture):
@@ -174,11 +186,13 @@ def decode(picture):
     try:
         image = Image.open(io.BytesIO(picture), formats=FORMATS)
         image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
+        if image.mode.startswith('I;16'):  # grey of 16 bits, which PIL would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if 'A' in image.getbands() or 'transparency' in image.info:
             image = image.convert('RGBA')
             image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
         return image.convert('RGB')
-    except UNREADABLE as e:
+    except Exception as e:  # as above
         raise Broken('picture cannot be read', describe(e)) from e
 
 

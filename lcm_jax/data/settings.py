@@ -36,5 +36,9 @@ class DataSettings:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise InputError(f'data.{key} = {value}: must be from {low} to {high}')
-        if self.resolution % 8:
-            raise InputError(f'data.resolution = {self.resolution}: must be a multiple of 8')
+
+
+def check_latents(settings):
+    """InputError for a resolution whose pictures have no latents: those are an eighth of it."""
+    if settings.resolution % 8:
+        raise InputError(f'data.resolution = {settings.resolution}: must be a multiple of 8')

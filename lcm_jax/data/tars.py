@@ -7,10 +7,9 @@ import json
 import tarfile
 import zlib
 
-import fsspec
-
-from lcm_jax.data.files import read_range, remote
+from lcm_jax.data.files import opened, read_range
 from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row
+from lcm_jax.errors import InputError
 
 PICTURES = ('webp', 'png', 'jpg', 'jpeg')
 BLOCK = 512  # bytes of a tar header; a block of zeros ends the tar
@@ -21,13 +20,14 @@ def index(url, caption):
 
     Members that follow each other with one key (the name up to its first dot) make a sample; an
     extension that the sample has already starts a new one, as LAION's tars need. A tar that ends
-    early keeps the samples before that, and is named in `cut`.
+    early keeps the samples before that, and is named in `cut`. Raises InputError for a remote file
+    that cannot be read now: what it holds is not known by that.
     """
     rows, broken, cut, seen, repeats = [], [], [], set(), 0
     try:
         if url.endswith('gz') and inflated(url)[1]:
             cut.append((url, inflated(url)[1]))
-        with opened(url) as file:
+        with uncompressed(url) as file:
             for key, members in grouped(file):
                 repeats += key in seen
                 seen.add(key)
@@ -40,11 +40,9 @@ def index(url, caption):
     return index_of(rows, broken, cut, repeats)
 
 
-def opened(url):
+def uncompressed(url):
     """A tar -> an open file that can be sought in."""
-    if url.endswith('gz'):
-        return io.BytesIO(inflated(url)[0])
-    return fsspec.open(url, 'rb').open() if remote(url) else open(url, 'rb')
+    return io.BytesIO(inflated(url)[0]) if url.endswith('gz') else opened(url)
 
 
 @functools.cache
@@ -54,7 +52,7 @@ def inflated(url):
     A file that is cut short or damaged gives what comes before that.
     """
     out = io.BytesIO()
-    with fsspec.open(url, 'rb') as file, gzip.open(file) as plain:
+    with opened(url) as file, gzip.open(file) as plain:
         try:
             while chunk := plain.read(1 << 20):
                 out.write(chunk)
@@ -144,7 +142,10 @@ def fetch(url, place, caption):
 
     def read(offset, size):
         if url.endswith('gz'):
-            return inflated(url)[0][offset : offset + size]
+            try:
+                return inflated(url)[0][offset : offset + size]
+            except (OSError, InputError) as e:
+                raise Broken('file cannot be read', describe(e)) from e
         return read_range(url, offset, size)
 
     text = read(text_at, text_size)
