@@ -10,10 +10,24 @@ import numpy as np
 from lcm_jax import weights
 from lcm_jax.checkpoint import INDEX, SCHEDULER
 from lcm_jax.convert import write_diffusers
+from lcm_jax.errors import InputError
 from lcm_jax.lora_files.files import write_lora
 from lcm_jax.models import shapes
 from lcm_jax.tensors import read_json
 from lcm_jax.tree import map_named
+
+# What else is in a workdir.
+RESERVED = ('cache', 'checkpoints', 'metrics.jsonl', 'preview', 'validation')
+
+
+def check_name(name):
+    """InputError for an export.name that would not be a file or folder of its own in the workdir."""
+    plain = name and not name.startswith('.') and not {'/', '\\'} & {*name}
+    if not plain or name.lower() in RESERVED:
+        raise InputError(
+            f'export.name = {name!r}; give a name in the workdir: without / and \\, not starting '
+            f'with a dot, and none of {", ".join(RESERVED)}'
+        )
 
 
 def recipe(config):
@@ -50,7 +64,12 @@ def export_lora(file, trained, model, alphas, config):
 
 
 def export_folder(folder, trained, model, spec, config):
-    """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM pipeline."""
+    """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM pipeline.
+
+    It takes the place of a model that is there; InputError for a folder of anything else.
+    """
+    if folder.exists() and not (folder / INDEX).is_file():
+        raise InputError(f'{folder} is there and holds no model: give another export.name')
     ckpt, part = model.checkpoint, Path(f'{folder}.part')
     found = {name: ckpt.tensors(name) for name in ckpt.configs if name != 'unet'}
     base = (

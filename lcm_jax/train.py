@@ -19,7 +19,7 @@ import numpy as np
 from lcm_jax import aot, loop, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.errors import InputError, choose
-from lcm_jax.export import export
+from lcm_jax.export import check_name, export
 from lcm_jax.feed import Feed
 from lcm_jax.flags import parse
 from lcm_jax.flops import flops
@@ -41,6 +41,7 @@ def run(config, workdir):
     Raises InputError for bad settings and data, and loop.Stopped after SIGTERM, its state saved.
     """
     workdir, c = Path(workdir).resolve(), config.train
+    check_name(config.export.name)
     model = describe(config.model)
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)

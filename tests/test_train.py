@@ -4,8 +4,10 @@ import ast
 import dataclasses
 import itertools
 import json
+import re
 import runpy
 import tokenize
+from pathlib import Path
 
 import diffusers
 import jax
@@ -16,7 +18,7 @@ import pytest
 import runs
 from safetensors.numpy import load_file, save_file
 
-from lcm_jax import demo, feed, metrics, sharding, step, train
+from lcm_jax import demo, export, feed, metrics, sharding, step, train
 from lcm_jax.data.emoji import emoji
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
@@ -124,6 +126,9 @@ def test_every_key_is_read(model, tmp_path, monkeypatch):
         changes = {'train.steps': 1, 'train.decay': True, 'train.warmup': 0} | changes
         config, workdir, _ = train.parse(runs.arguments(model, tmp_path / name, changes))
         train.run(Recording(config, read), workdir)
+        there = {p.name for p in Path(workdir).iterdir() if not p.name.startswith('events.')}
+        own = {Path(name).stem for name in there - {*export.RESERVED}}
+        assert own == {'lora', 'lora_best'}
     assert {*leaves('default')} - read == set()
 
 
@@ -171,6 +176,11 @@ def test_command_lines_that_lack_something(tmp_path):
         ({'export__weights': 'best'}, 'params, ema'),
         ({'train__batch': 48}, 'not exceed'),
         ({'train__accumulate': 3}, 'multiple of 3'),
+        ({'train__accumulate': 0}, r'train\.accumulate = 0; it must be at least 1'),
+        ({'train__clip': -1.0}, r'train\.clip = -1\.0; it must be at least 0'),
+        ({'train__lr': float('nan')}, r'train\.lr = nan; it must be at least 0'),
+        ({'lora__rank': 0}, r'lora\.rank = 0; it must be at least 1'),
+        ({'data__validation_batches': 0}, 'validation_batches = 0; it must be at least 1'),
         ({'train__decay': True, 'train__warmup': 6}, 'must be less'),
         ({'train__remat': 'block'}, 'blocks'),
         ({'trains': 'full', 'full__trainable': 'to_quack'}, 'to_quack'),
@@ -185,6 +195,21 @@ def test_settings_outside_the_tables_are_refused(model, tmp_path, settings, said
     assert (
         not (tmp_path / 'run' / 'checkpoints').is_dir() or not runs.checkpoints(tmp_path / 'run')[0]
     )
+
+
+@pytest.mark.parametrize(
+    'name', ['', '.', '..', '.hidden', '../other', 'a/b', 'a\\b', *export.RESERVED, 'Cache']
+)
+def test_names_under_which_nothing_is_exported(model, tmp_path, name):
+    with pytest.raises(InputError, match=re.escape(f'export.name = {name!r}; give a name in')):
+        runs.run(model, tmp_path, export__name=name)
+
+
+def test_a_folder_that_holds_no_model_is_not_replaced(model, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    with pytest.raises(InputError, match='mine is there and holds no model'):
+        export.export_folder(tmp_path / 'mine', {}, None, None, None)
+    assert (tmp_path / 'mine').is_dir()
 
 
 # --- the loss
@@ -213,6 +238,17 @@ def test_gradient_steps_lower_the_loss_towards_a_fixed_target(model):
         updates, opt = tx.update(grads, opt)
         params = optax.apply_updates(params, updates)
     assert values[-1] < 0.9 * values[0], values
+
+
+def test_a_clip_of_0_is_no_limit():
+    c = runpy.run_path(str(runs.CONFIGS / 'default.py'))['get_config']().train
+    updates = []
+    for clip in (0.0, 1e9):
+        c.update(clip=clip, warmup=0)
+        tx, _ = step.optimizer(c)
+        updates.append(tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))[0])
+    np.testing.assert_array_equal(*updates)
+    assert np.all(updates[0] != 0)
 
 
 # --- steps that are left out
