@@ -11,11 +11,13 @@ from lcm_jax import weights
 from lcm_jax.checkpoint import INDEX, SCHEDULER
 from lcm_jax.convert import write_diffusers
 from lcm_jax.errors import InputError
+from lcm_jax.families import FAMILIES
 from lcm_jax.lora_files.files import write_lora
 from lcm_jax.models import shapes
 from lcm_jax.tensors import read_json
 from lcm_jax.tree import map_named
 
+LCM = 'LatentConsistencyModelPipeline'
 # What else is in a workdir.
 RESERVED = ('cache', 'checkpoints', 'metrics.jsonl', 'preview', 'validation')
 
@@ -64,7 +66,8 @@ def export_lora(file, trained, model, alphas, config):
 
 
 def export_folder(folder, trained, model, spec, config):
-    """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM pipeline.
+    """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM
+    pipeline, where it has one for the family.
 
     It takes the place of a model that is there; InputError for a folder of anything else.
     """
@@ -82,7 +85,8 @@ def export_folder(folder, trained, model, spec, config):
     changes = {}
     if spec.w_dim:
         changes[Path('unet', 'config.json')] = {'time_cond_proj_dim': spec.w_dim}
-        changes[Path(INDEX)] = {'_class_name': 'LatentConsistencyModelPipeline'}
+    if spec.w_dim and model.family.text_encoders == FAMILIES[LCM].text_encoders:
+        changes[Path(INDEX)] = {'_class_name': LCM}  # SDXL's own class takes the guidance input
     if config.objective != 'denoise':
         changes[SCHEDULER] = {'_class_name': 'LCMScheduler'}
         changes[Path(INDEX)] = changes.get(Path(INDEX), {}) | {

@@ -16,6 +16,8 @@ import numpy as np
 import optax
 import pytest
 import runs
+import tiny
+from random_model import write_model
 from safetensors.numpy import load_file, save_file
 
 from lcm_jax import demo, export, feed, metrics, sharding, step, train
@@ -27,6 +29,7 @@ from lcm_jax.grid import pixels
 from lcm_jax.lora import delta
 from lcm_jax.lora_files.files import read_lora
 from lcm_jax.model import describe
+from lcm_jax.models import shapes
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.saves import flat
 
@@ -447,10 +450,10 @@ def test_the_best_is_exported_beside_the_last(model, tmp_path):
     scores = {x['step']: x['distance'] for x in runs.lines(tmp_path) if 'distance' in x}
     best = min(scores, key=scores.get)
     assert len(scores) == 4
-    shapes = Pipeline.load(model).params
+    base = Pipeline.load(model).params
     for name, at in (('lora_best', best), ('lora', 8)):
         state = runs.state(tmp_path, at)
-        for path, ab in read_lora(tmp_path / f'{name}.safetensors', shapes)[0]['unet'].items():
+        for path, ab in read_lora(tmp_path / f'{name}.safetensors', base)[0]['unet'].items():
             want = 2.0 * state[f'ema/{path}/down'] @ state[f'ema/{path}/up']
             np.testing.assert_allclose(delta(ab), want, atol=2e-3 * np.abs(want).max() + 1e-7)
 
@@ -477,6 +480,23 @@ def test_a_full_lcm_opens_here_and_in_diffusers(model, tmp_path):
         original_inference_steps=50, latents=latents, output_type='np',
     ).images  # fmt: skip
     assert picture.shape == (1, 16, 16, 3) and np.isfinite(picture).all()
+
+
+def test_a_full_lcm_with_two_text_encoders_opens_here_and_in_diffusers(tmp_path):
+    """diffusers' LCM pipeline takes one; SDXL's own class has a guidance input too."""
+    write_model(tmp_path / 'xl', tiny.MODELS['sdxl'], np.float32, keep=False)
+    settings = {'trains': 'full', 'full.w_dim': 8}
+    config = train.parse(runs.arguments(tmp_path / 'xl', 'unused', settings))[0]
+    base = describe(tmp_path / 'xl')
+    student = step.full_student(base.specs['unet'], shapes.unet_shapes(base.specs['unet']), config)
+    trained = student.init(None, base.load(['unet'], {'unet': jnp.float32})['unet'])
+    out = export.export(tmp_path / 'out', trained, base, student, config)
+    found = describe(out)
+    assert found.specs['unet'].w_dim == 8 and found.family == base.family
+    found.checkpoint.tensors('unet')
+    theirs = diffusers.DiffusionPipeline.from_pretrained(out)
+    assert isinstance(theirs, diffusers.StableDiffusionXLPipeline)
+    assert theirs.unet.config.time_cond_proj_dim == 8
 
 
 def test_a_part_of_the_unet_is_trained(model, tmp_path):
