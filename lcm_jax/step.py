@@ -178,7 +178,10 @@ def lora_student(spec, base, config):
 
 
 def full_student(spec, base, config):
-    """Parameters of the UNet by path, all or some; for LCM with an input for the guidance scale."""
+    """Parameters of the UNet by path, all or some; for LCM with an input for the guidance scale.
+
+    What the base lacks is always trained.
+    """
     c = config.full
     if config.objective == 'lcm' and not spec.w_dim:
         spec = dataclasses.replace(spec, w_dim=c.w_dim)
@@ -186,6 +189,8 @@ def full_student(spec, base, config):
     taken = {path: x for path, x in named(tree) if re.fullmatch(c.trainable, path)}
     if not taken:
         raise InputError(f'no parameter matches full.trainable = {c.trainable!r}')
+    there = dict(named(base))
+    taken |= {path: x for path, x in named(tree) if path not in there}
 
     def init(key, params):
         have = dict(named(params))  # all but the new input, which starts without effect

@@ -499,15 +499,21 @@ def test_a_full_lcm_with_two_text_encoders_opens_here_and_in_diffusers(tmp_path)
     assert theirs.unet.config.time_cond_proj_dim == 8
 
 
-def test_a_part_of_the_unet_is_trained(model, tmp_path):
-    settings = {'objective': 'lcf', 'trains': 'full', 'full__trainable': '.*/attn2/.*'}
-    out = runs.run(model, tmp_path, train__steps=2, train__lr=0.01, **settings)
+@pytest.mark.parametrize(
+    ('objective', 'kind'),
+    [('lcf', 'StableDiffusionPipeline'), ('lcm', 'LatentConsistencyModelPipeline')],
+)
+def test_a_part_of_the_unet_is_trained(model, tmp_path, objective, kind):
+    """And the new guidance input of an LCM, which the base lacks."""
+    settings = {'objective': objective, 'trains': 'full', 'full__trainable': '.*/attn2/.*'}
+    out = runs.run(model, tmp_path, train__steps=2, train__lr=0.01, full__w_dim=8, **settings)
     before, after = (dict(runs.named(Pipeline.load(m).params['unet'])) for m in (model, out))
-    assert before.keys() == after.keys()
+    new = after.keys() - before.keys()
+    assert len(new) == (objective == 'lcm') and all('cond_proj' in k for k in new)
     changed = {k for k in before if np.any(np.asarray(before[k]) != np.asarray(after[k]))}
     assert changed and all('/attn2/' in k for k in changed)
     said = json.loads((out / 'model_index.json').read_text())
-    assert said['_class_name'] == 'StableDiffusionPipeline'
+    assert said['_class_name'] == kind
     assert said['scheduler'] == ['diffusers', 'LCMScheduler']
 
 
