@@ -129,6 +129,16 @@ class Watch:
             )
 
 
+def told(on_save, i, state, saves):
+    """on_save(i, state) -> metrics; should it fail, the state is saved without them first."""
+    try:
+        return on_save(i, state)
+    except Exception:
+        if jax.process_count() == 1:  # else the others may not come to save it
+            saves.save(i, state, {})
+        raise
+
+
 def fit(
     step,
     state,
@@ -175,7 +185,7 @@ def fit(
             stopping, due = stop(i), i % save_every == 0 or i == steps
             if due or stopping:
                 watch.wait()
-                saves.save(i, state, on_save(i, state) if on_save and due else {})
+                saves.save(i, state, told(on_save, i, state, saves) if on_save and due else {})
                 began, waited, since = time.perf_counter(), 0.0, i
             if i == steps:
                 return state

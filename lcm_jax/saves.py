@@ -106,16 +106,25 @@ class Saves:
         return -math.inf if math.isnan(value) else -value
 
     def _best_so_far(self):
-        found = (self.manager.metrics(step) or {} for step in self.manager.all_steps())
+        """Of the checkpoints whose pictures were drawn with the settings of now."""
+        steps = (step for step in self.manager.all_steps() if self._drawn_alike(step))
+        found = (self.manager.metrics(step) or {} for step in steps)
         return min((-self._rank(m) for m in found), default=math.inf)
+
+    def _drawn_alike(self, step):
+        before, now = self._recipe_of(step), self.recipe
+        return all(before.get(k) == now[k] for k in now if k.startswith('preview.'))
+
+    def _recipe_of(self, step):
+        args = ocp.args.Composite(recipe=ocp.args.JsonRestore())
+        return self.manager.restore(step, args=args)['recipe']
 
     def restore(self, abstract):
         """The newest state, placed as `abstract` says (ShapeDtypeStructs), or None if there is none."""
         step = self.manager.latest_step()
         if step is None:
             return None
-        before = self.manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))
-        self._same(before['recipe'])
+        self._same(self._recipe_of(step))
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self.manager.restore(step, args=args)['state']

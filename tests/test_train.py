@@ -375,6 +375,20 @@ def test_the_best_is_known_after_a_resume(model, tmp_path):
     assert runs.checkpoints(tmp_path)[0] == [2, 6, 8]
 
 
+def test_pictures_are_compared_with_those_of_the_same_settings(model, tmp_path, capsys):
+    """Drawn again where preview.* has changed, here to another number of prompts."""
+    run, new = tmp_path / 'run', {'train__steps': 2, 'preview__prompts': ('a disc', 'a ring')}
+    runs.run(model, run, train__steps=1)
+    assert 'drawn again' not in capsys.readouterr().out
+    runs.run(model, run, **new)
+    assert 'it is drawn again' in capsys.readouterr().out
+    runs.run(model, tmp_path / 'new', train__save_every=1, **new)
+    files = (w / 'preview' / 'references.npz' for w in (run, tmp_path / 'new'))
+    runs.same(*(dict(np.load(file)) for file in files))
+    last = [[x for x in runs.lines(w) if 'distance' in x][-1] for w in (run, tmp_path / 'new')]
+    assert last[0] == last[1]
+
+
 # --- the cache of a run
 
 
