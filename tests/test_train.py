@@ -484,6 +484,7 @@ def test_a_full_lcm_opens_here_and_in_diffusers(model, tmp_path):
     theirs = diffusers.DiffusionPipeline.from_pretrained(out)
     assert isinstance(theirs, diffusers.LatentConsistencyModelPipeline)
     assert theirs.unet.config.time_cond_proj_dim == 8
+    assert json.loads((out / 'model_index.json').read_text())['_lcm_jax']['w'] == '2:4'
     assert isinstance(theirs.scheduler, diffusers.LCMScheduler)
     prompt, noise = 'a red disc on green', np.random.default_rng(0).standard_normal((1, 4, 8, 8))
     import torch
@@ -529,6 +530,21 @@ def test_a_part_of_the_unet_is_trained(model, tmp_path, objective, kind):
     said = json.loads((out / 'model_index.json').read_text())
     assert said['_class_name'] == kind
     assert said['scheduler'] == ['diffusers', 'LCMScheduler']
+    assert said['_lcm_jax']['objective'] == objective
+
+
+@pytest.mark.parametrize(
+    ('objective', 'w_dim', 'said'),
+    [
+        ('lcm', 8, {'accelerates': 'true', 'w': '2:4', 'solver': 'ddim', 'solver_steps': '50'}),
+        ('lcf', 0, {'accelerates': 'true', 'solver_steps': '50'}),
+        ('lcf', 8, {'accelerates': 'true', 'w': '2:4', 'solver_steps': '50'}),
+        ('denoise', 0, {}),
+    ],
+)
+def test_only_what_the_objective_used_is_recorded(model, objective, w_dim, said):
+    config = train.parse(runs.arguments(model, 'unused', {'objective': objective}))[0]
+    assert export.recipe(config, w_dim) == {'objective': objective} | said
 
 
 # --- the demo, and what is shipped
