@@ -92,10 +92,10 @@ METRICS = 'loss', 'grad_norm'  # of a step
 class Watch:
     """Follows the steps' results from one step behind, so that the device never waits for it."""
 
-    def __init__(self, most, behind=1):
+    def __init__(self, most, skipped=0, behind=1):
         self.most, self.behind = most, behind  # steps in a row that may be skipped
         self.pending, self.bad, self.good = collections.deque(), [], []
-        self.skipped = 0  # in all
+        self.skipped = skipped  # in all
 
     def add(self, step, metrics, names):
         self.pending.append((step, metrics, names))
@@ -167,7 +167,7 @@ def fit(
     start = int(state.step)
     if start >= steps:
         return state
-    watch, stream = Watch(max_skipped), batches(start)
+    watch, stream = Watch(max_skipped, int(state.skipped)), batches(start)
     began, waited, since = time.perf_counter(), 0.0, start
     with tqdm(total=steps, initial=start, desc=label, unit='it', mininterval=1) as bar:
         for i in itertools.count(start + 1):

@@ -8,6 +8,7 @@ import re
 import runpy
 import tokenize
 from pathlib import Path
+from unittest import mock
 
 import diffusers
 import jax
@@ -312,6 +313,19 @@ def test_many_such_steps_in_a_row_end_the_run(model, tmp_path, poison):
     poison(slice(None))
     with pytest.raises(InputError, match=r'3 steps in a row .* not finite; step 1: 0000\d{4}, '):
         runs.run(model, tmp_path / 'run', data__cache=True, train__max_skipped=2)
+
+
+def test_skipped_steps_are_counted_on_after_a_resume():
+    def skip(state, frozen, batch, key):
+        return state._replace(step=state.step + 1), {'finite': False}
+
+    said, start = [], train.loop.State(jnp.int32(3), jnp.int32(2), None, None, None)
+    train.loop.fit(
+        skip, start, None, lambda i: iter([(None, ['a'])] * 2), None, steps=5,
+        saves=mock.Mock(), log=lambda i, means, *_: said.append(means['skipped']),
+        save_every=9, log_every=1,
+    )  # fmt: skip
+    assert said == [3, 4]
 
 
 # --- going on
