@@ -23,6 +23,13 @@ MAY_CHANGE = (
     *('train.max_skipped', 'train.remat', 'train.accumulate'),
 )
 
+FOUND = ('weights', 'samples')  # in a recipe beside the config; older checkpoints lack some of it
+
+
+def under(key, names):
+    """Whether a key such as 'train.lr' is one of these, or inside one."""
+    return any(key == name or key.startswith(name + '.') for name in names)
+
 
 def flat(recipe, prefix=''):
     """Nested dict -> {'train.lr': value}, tuples as lists, as JSON gives them back."""
@@ -60,9 +67,9 @@ def set_aside(folder):
 class Saves:
     """The checkpoints in a folder: the newest `keep`, and the best by the metric `best`, if any.
 
-    recipe: the run's config, {'train': {'lr': value}, ...}, and what its base's weights are known by;
-    kept beside the state. Every process calls `save`. Raises InputError when what is there is of
-    another recipe, or all of it damaged.
+    recipe: the run's config, {'train': {'lr': value}, ...}, and what its model's weights and its
+    samples are known by, {'weights': ..., 'samples': ...}; kept beside the state. Every process
+    calls `save`. Raises InputError when what is there is of another recipe, or all of it damaged.
     """
 
     def __init__(self, folder, recipe, *, keep=2, best=''):
@@ -138,7 +145,7 @@ class Saves:
         def fixed(key):
             if key == 'train.steps' and now.get('train.decay'):
                 return True
-            return not any(key == name or key.startswith(name + '.') for name in MAY_CHANGE)
+            return not under(key, MAY_CHANGE) and (key in before or not under(key, FOUND))
 
         keys = [k for k in {**now, **before} if fixed(k) and now.get(k) != before.get(k)]
         if keys:

@@ -30,6 +30,7 @@ from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, on_host
 from lcm_jax.step import DTYPES, program
 from lcm_jax.stop import Stop
+from lcm_jax.tree import digest
 
 NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
 STOPPED = 143  # exit status after SIGTERM, by which clusters know that the run shall go on
@@ -46,7 +47,7 @@ def run(config, workdir):
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
     feed = Feed(model, config, mesh, workdir)
-    recipe = config.to_dict() | {'weights': model.marks(['unet'])}
+    recipe = config.to_dict() | {'weights': model.marks(model.specs), 'samples': known(feed.source)}
     with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
         there = place(model, prog, config, mesh, feed.sizes[0])
@@ -90,6 +91,12 @@ def run(config, workdir):
             file = out.export(config.export.name, state)
             sharding.wait('exported')  # JAX lets no process end long before the others
             return file
+
+
+def known(source):
+    """What the order of a source's samples depends on -> their number and a digest of their names."""
+    names = [source.sample_name(i) for i in range(len(source))]
+    return {'number': len(names), 'names': digest({}, names)}
 
 
 class There(NamedTuple):

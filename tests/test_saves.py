@@ -150,6 +150,16 @@ def test_without_decay_it_may_change(folder):
         assert restored(folder, steps=steps) == 2
 
 
+def test_what_a_checkpoint_does_not_say_of_weights_and_samples_may_be_anything(folder):
+    with Saves(folder, RECIPE | {'weights': {'vae': 'a'}, 'samples': {'number': 3}}) as kept:
+        assert int(kept.restore(ABSTRACT).step) == 2
+        kept.save(3, state(3), {})
+    with Saves(folder, RECIPE | {'weights': {'vae': 'b'}, 'samples': {'number': 4}}) as kept:
+        said = r"weights\.vae = 'a' \(now 'b'\), samples\.number = 3 \(now 4\)"
+        with pytest.raises(InputError, match=said):
+            kept.restore(ABSTRACT)
+
+
 def test_the_best_is_of_pictures_that_were_drawn_alike(folder):
     for prompts, best in (((), 0.5), (('a cat',), np.inf)):
         preview = {'preview': {'prompts': prompts}}

@@ -20,6 +20,7 @@ import runs
 import tiny
 from random_model import write_model
 from safetensors.numpy import load_file, save_file
+from sets import encoded
 
 from lcm_jax import demo, export, feed, metrics, sharding, step, train
 from lcm_jax.data.emoji import emoji
@@ -434,15 +435,31 @@ def test_a_cache_of_something_else_is_refused(model, tmp_path):
             runs.run(model, tmp_path, data__cache=True, train__steps=1, **changes)
 
 
-@pytest.mark.parametrize('part', ['unet', 'vae', 'text_encoder'])
-def test_other_weights_under_the_same_name_are_refused(tmp_path, part):
+@pytest.mark.parametrize(
+    ('part', 'cache'),
+    [('unet', True), ('vae', True), ('text_encoder', True), ('vae', False)],
+)
+def test_other_weights_under_the_same_name_are_refused(tmp_path, part, cache):
     model = runs.write_tiny(tmp_path / 'tiny')
-    runs.run(model, tmp_path / 'run', data__cache=True, train__steps=1)
+    runs.run(model, tmp_path / 'run', data__cache=cache, train__steps=1)
     (file,) = (model / part).glob('*.safetensors')
     tensors = load_file(file)
     save_file({key: np.float32(1.01) * x for key, x in tensors.items()}, file)
     with pytest.raises(InputError, match=rf"weights\.{part} = '\w+' \(now '\w+'\)"):
-        runs.run(model, tmp_path / 'run', data__cache=True, train__steps=2)
+        runs.run(model, tmp_path / 'run', data__cache=cache, train__steps=2)
+
+
+def test_other_samples_under_the_same_name_are_refused(model, tmp_path):
+    pictures = tmp_path / 'pictures'
+    pictures.mkdir()
+    settings = {'data__source': f'folder:{pictures}', 'train__steps': 1}
+    for i in range(9):
+        (pictures / f'{i}.png').write_bytes(encoded(size=(16, 16)))
+        (pictures / f'{i}.txt').write_text('a disc')
+        if i == 7:
+            runs.run(model, tmp_path / 'run', **settings)
+    with pytest.raises(InputError, match=r'samples\.number = 8 \(now 9\), samples\.names = '):
+        runs.run(model, tmp_path / 'run', **settings)
 
 
 # --- what is exported
