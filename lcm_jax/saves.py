@@ -126,9 +126,14 @@ class Saves:
         args = ocp.args.Composite(recipe=ocp.args.JsonRestore())
         return self.manager.restore(step, args=args)['recipe']
 
+    @property
+    def step(self):
+        """The newest, or None if there is none."""
+        return self.manager.latest_step()
+
     def restore(self, abstract):
         """The newest state, placed as `abstract` says (ShapeDtypeStructs), or None if there is none."""
-        step = self.manager.latest_step()
+        step = self.step
         if step is None:
             return None
         self._same(self._recipe_of(step))

@@ -51,7 +51,7 @@ def run(config, workdir):
     with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
         there = place(model, prog, config, mesh, feed.sizes[0])
-        state = there.state
+        state, there = there.state, there._replace(state=None)
         preview = Preview(
             model,
             prog,
@@ -63,10 +63,11 @@ def run(config, workdir):
             file=workdir / 'preview' / 'references.npz',
         )
         preview.references(state.params, there.frozen)
-        resumed = saves.restore(prog.state)
+        if saves.step is not None:
+            state = None  # so that there are never two in memory
+            state = saves.restore(prog.state)
         say(summary(prog, mesh, config, feed))
-        if resumed is not None:
-            state, there = resumed, there._replace(state=None)
+        if saves.step is not None:
             say(f'going on from step {int(state.step)} in {workdir}')
         with Writer(workdir, int(state.step)) as writer, Stop(int(state.step)) as stop:
             out = Outputs(config, model, prog, feed, preview, step, saves, writer, workdir)

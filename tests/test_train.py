@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import tokenize
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -402,6 +403,26 @@ def test_pictures_are_compared_with_those_of_the_same_settings(model, tmp_path, 
     runs.same(*(dict(np.load(file)) for file in files))
     last = [[x for x in runs.lines(w) if 'distance' in x][-1] for w in (run, tmp_path / 'new')]
     assert last[0] == last[1]
+
+
+def test_the_new_state_is_gone_before_the_old_one_is_read(model, tmp_path, monkeypatch):
+    """Two of them would be the largest thing in memory."""
+    kept, alive = [], []
+
+    def place(*args, place=train.place):
+        there = place(*args)
+        kept.extend(weakref.ref(x) for x in jax.tree.leaves(there.state))
+        return there
+
+    def restore(self, abstract, restore=train.Saves.restore):
+        alive.extend(x for x in kept if x() is not None)
+        return restore(self, abstract)
+
+    runs.run(model, tmp_path, train__steps=1)
+    monkeypatch.setattr(train, 'place', place)
+    monkeypatch.setattr(train.Saves, 'restore', restore)
+    runs.run(model, tmp_path, train__steps=2)
+    assert kept and not alive
 
 
 # --- the cache of a run
