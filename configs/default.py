@@ -70,7 +70,7 @@ def get_config():
     c.train.decay = False  # cosine to 1 % of the peak over the run (else constant)
     c.train.b2 = 0.999  # Adam's second decay
     c.train.weight_decay = 0.0  # Adam's, times the learning rate
-    c.train.clip = 1.0  # global gradient norm
+    c.train.clip = 1.0  # largest global gradient norm; 0: no limit
     c.train.ema_decay = 0.95  # per step; 0: no average is kept
     c.train.caption_dropout = 0.0  # share of captions replaced by the null condition
     c.train.seed = 0  # of the start, noise, times and guidance

@@ -10,20 +10,44 @@ import numpy as np
 from lcm_jax import weights
 from lcm_jax.checkpoint import INDEX, SCHEDULER
 from lcm_jax.convert import write_diffusers
+from lcm_jax.distill import OBJECTIVES
+from lcm_jax.errors import InputError, choose
+from lcm_jax.families import FAMILIES
 from lcm_jax.lora_files.files import write_lora
 from lcm_jax.models import shapes
 from lcm_jax.tensors import read_json
 from lcm_jax.tree import map_named
 
+LCM = 'LatentConsistencyModelPipeline'
+# What else is in a workdir.
+RESERVED = ('cache', 'checkpoints', 'metrics.jsonl', 'preview', 'validation')
 
-def recipe(config):
-    """What a reader of the exported file should know -> metadata of a safetensors file."""
-    said = {'lcm_jax.objective': config.objective}
-    if config.objective == 'denoise':
-        return said
-    keys = ('w', 'solver', 'solver_steps', 'skip')
-    distil = {k: str(config.distill[k]) for k in keys if config.distill[k]}
-    return said | {'lcm_jax.accelerates': 'true'} | {f'lcm_jax.{k}': v for k, v in distil.items()}
+
+def check_name(name):
+    """InputError for an export.name that would not be a file or folder of its own in the workdir."""
+    plain = name and not name.startswith('.') and not {'/', '\\'} & {*name}
+    if not plain or name.lower() in RESERVED:
+        raise InputError(
+            f'export.name = {name!r}; give a name in the workdir: without / and \\, not starting '
+            f'with a dot, and none of {", ".join(RESERVED)}'
+        )
+
+
+def recipe(config, w_dim):
+    """What a reader of the export should know: the objective, and the settings that it used, as text.
+
+    w_dim: width of the student's guidance input, 0 where it has none.
+    """
+    objective = choose('objective', config.objective, OBJECTIVES)
+    used = {
+        'w': objective.teacher or w_dim,
+        'solver': 'solver' in objective.settings,
+        'solver_steps': objective.target,
+        'skip': objective.target,
+    }
+    said = {k: str(config.distill[k]) for k in used if used[k] and config.distill[k]}
+    fast = {'accelerates': 'true'} if objective.target else {}
+    return {'objective': config.objective} | fast | said
 
 
 def export(out, trained, model, student, config):
@@ -45,12 +69,20 @@ def export_lora(file, trained, model, alphas, config):
     }
     bases = {'unet': shapes.unet_shapes(model.specs['unet'])}
     alpha = max(alpha for _, alpha in alphas.values())
-    write_lora(file, {'unet': baked}, bases, alpha=alpha, metadata=recipe(config))
+    said = recipe(config, model.specs['unet'].w_dim)
+    metadata = {f'lcm_jax.{k}': value for k, value in said.items()}
+    write_lora(file, {'unet': baked}, bases, alpha=alpha, metadata=metadata)
     return file
 
 
 def export_folder(folder, trained, model, spec, config):
-    """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM pipeline."""
+    """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM
+    pipeline, where it has one for the family.
+
+    It takes the place of a model that is there; InputError for a folder of anything else.
+    """
+    if folder.exists() and not (folder / INDEX).is_file():
+        raise InputError(f'{folder} is there and holds no model: give another export.name')
     ckpt, part = model.checkpoint, Path(f'{folder}.part')
     found = {name: ckpt.tensors(name) for name in ckpt.configs if name != 'unet'}
     base = (
@@ -60,15 +92,15 @@ def export_folder(folder, trained, model, spec, config):
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
     write_diffusers(ckpt, found, part)
-    changes = {}
+    index = {'_lcm_jax': recipe(config, spec.w_dim)}  # diffusers leaves such keys aside
+    changes = {Path(INDEX): index}
     if spec.w_dim:
         changes[Path('unet', 'config.json')] = {'time_cond_proj_dim': spec.w_dim}
-        changes[Path(INDEX)] = {'_class_name': 'LatentConsistencyModelPipeline'}
+    if spec.w_dim and model.family.text_encoders == FAMILIES[LCM].text_encoders:
+        index['_class_name'] = LCM  # SDXL's own class takes the guidance input
     if config.objective != 'denoise':
         changes[SCHEDULER] = {'_class_name': 'LCMScheduler'}
-        changes[Path(INDEX)] = changes.get(Path(INDEX), {}) | {
-            'scheduler': ['diffusers', 'LCMScheduler']
-        }
+        index['scheduler'] = ['diffusers', 'LCMScheduler']
     for file, change in changes.items():
         text = json.dumps(read_json(part / file) | change, indent=2) + '\n'
         (part / file).write_text(text)

@@ -10,8 +10,9 @@ def flops(fn, *args, platform='tpu'):
     """FLOPs of fn(*args) in products and convolutions, on all devices together; args may be abstract.
 
     Loops count as often as they run, custom kernels by what they compute inside, padding too, and
-    functions chosen by platform (`lax.platform_dependent`) as `platform` has them. Of other branches
-    the largest counts. A `while` of unknown length counts once.
+    functions chosen by platform (`lax.platform_dependent`) as `platform` has them: of a device's
+    name, so that 'gpu' takes the default in place of 'cuda', whose kernels cannot be looked into. Of
+    other branches the largest counts. A `while` of unknown length counts once.
     """
     return _count(jax.make_jaxpr(fn)(*args).jaxpr, platform)
 

@@ -92,10 +92,10 @@ METRICS = 'loss', 'grad_norm'  # of a step
 class Watch:
     """Follows the steps' results from one step behind, so that the device never waits for it."""
 
-    def __init__(self, most, behind=1):
+    def __init__(self, most, skipped=0, behind=1):
         self.most, self.behind = most, behind  # steps in a row that may be skipped
         self.pending, self.bad, self.good = collections.deque(), [], []
-        self.skipped = 0  # in all
+        self.skipped = skipped  # in all
 
     def add(self, step, metrics, names):
         self.pending.append((step, metrics, names))
@@ -129,6 +129,16 @@ class Watch:
             )
 
 
+def told(on_save, i, state, saves):
+    """on_save(i, state) -> metrics; should it fail, the state is saved without them first."""
+    try:
+        return on_save(i, state)
+    except Exception:
+        if jax.process_count() == 1:  # else the others may not come to save it
+            saves.save(i, state, {})
+        raise
+
+
 def fit(
     step,
     state,
@@ -157,7 +167,7 @@ def fit(
     start = int(state.step)
     if start >= steps:
         return state
-    watch, stream = Watch(max_skipped), batches(start)
+    watch, stream = Watch(max_skipped, int(state.skipped)), batches(start)
     began, waited, since = time.perf_counter(), 0.0, start
     with tqdm(total=steps, initial=start, desc=label, unit='it', mininterval=1) as bar:
         for i in itertools.count(start + 1):
@@ -175,7 +185,7 @@ def fit(
             stopping, due = stop(i), i % save_every == 0 or i == steps
             if due or stopping:
                 watch.wait()
-                saves.save(i, state, on_save(i, state) if on_save and due else {})
+                saves.save(i, state, told(on_save, i, state, saves) if on_save and due else {})
                 began, waited, since = time.perf_counter(), 0.0, i
             if i == steps:
                 return state

@@ -15,8 +15,6 @@ from lcm_jax.chips import GIB, Chip, chip
 from lcm_jax.errors import InputError
 from lcm_jax.flops import flops
 
-PLATFORMS = {'gpu': 'cuda'}  # as `lax.platform_dependent` names them
-
 
 class Program(NamedTuple):
     """A function with abstract arguments that say where they lie on a mesh."""
@@ -116,8 +114,7 @@ def report(program):
     mesh, n = program.mesh, program.mesh.devices.size
     device = mesh.devices.flat[0]
     own, memory = chip(device), {kind: held(tree) for kind, tree in program.args.items()}
-    platform = PLATFORMS.get(device.platform, device.platform)
-    work = flops(program.fn, *program.args.values(), platform=platform) / n
+    work = flops(program.fn, *program.args.values(), platform=device.platform) / n
     memory = {kind: size for kind, size in memory.items() if size}
     common = n, program.samples
     try:

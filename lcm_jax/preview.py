@@ -1,5 +1,7 @@
 """Pictures that a run draws of itself: fixed prompts and noise, from the live parameters."""
 
+import json
+import os
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ from lcm_jax import samplers, sharding
 from lcm_jax.diffusion import denoiser, guided, side_by_side
 from lcm_jax.draw import Plan, decode, to_uint8
 from lcm_jax.grid import grid
+from lcm_jax.logs import say
 
 CHANGED = 8 / 255  # a pixel differs from the base's if a channel does by more than this
 
@@ -37,17 +40,24 @@ class Preview:
         )
 
     def references(self, base, frozen):
-        """Draw what all is compared with, unless it is in the file. base: parameters as at step 0."""
+        """Draw what all is compared with, unless the file has it, drawn with the same settings.
+
+        base: parameters as at step 0.
+        """
+        c, settings = self.config, json.dumps(self.config.to_dict(), sort_keys=True)
         if self.file.is_file():
             with np.load(self.file) as found:
-                self.teacher, self.base = found['teacher'], found['base']
-            return
-        c = self.config
+                if str(found.get('settings')) == settings:
+                    self.teacher, self.base = found['teacher'], found['base']
+                    return
+            say(f'preview.* is not what {self.file} was drawn with: it is drawn again')
         self.teacher = self.draw(base, frozen, 'ddim', c.teacher_steps, c.teacher_guidance)
         self.base = self.draw(base, frozen, c.sampler, c.steps, c.guidance)
         if jax.process_index() == 0:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(self.file, teacher=self.teacher, base=self.base)
+            part = self.file.with_suffix('.part.npz')
+            np.savez(part, teacher=self.teacher, base=self.base, settings=settings)
+            os.replace(part, self.file)
 
     def __call__(self, trained, frozen):
         """-> grid [H,W,3] uint8, metrics: 'distance' to the teacher's pictures (root mean square, of

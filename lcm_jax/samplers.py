@@ -93,13 +93,14 @@ def midpoint_step(kind):
     """DPM-Solver-2 (kind 'epsilon') and DPM-Solver++(2S) (kind 'sample'): two evaluations.
 
     arXiv 2206.00927 and 2211.01095, algorithm 1 each, with the second evaluation at the whole time u
-    whose log-SNR is nearest to the middle of the step.
+    below t whose log-SNR is nearest to the middle of the step; at s where no time is between.
     """
 
     def step(model, z, t, s, abar):
         lam = 0.5 * jnp.log(abar / (1 - abar))
         middle = (lam[t] + lam[s]) / 2
         u = jnp.argmin(jnp.abs(lam - middle[:, None]), -1)
+        u = jnp.maximum(jnp.minimum(u, t - 1), s)
         now = model(z, t)
         z_u = ddim().step((), z, now, t, u, abar, None)[0]
         later, h = model(z_u, u), lam[s] - lam[t]

@@ -23,6 +23,13 @@ MAY_CHANGE = (
     *('train.max_skipped', 'train.remat', 'train.accumulate'),
 )
 
+FOUND = ('weights', 'samples')  # in a recipe beside the config; older checkpoints lack some of it
+
+
+def under(key, names):
+    """Whether a key such as 'train.lr' is one of these, or inside one."""
+    return any(key == name or key.startswith(name + '.') for name in names)
+
 
 def flat(recipe, prefix=''):
     """Nested dict -> {'train.lr': value}, tuples as lists, as JSON gives them back."""
@@ -60,9 +67,9 @@ def set_aside(folder):
 class Saves:
     """The checkpoints in a folder: the newest `keep`, and the best by the metric `best`, if any.
 
-    recipe: the run's config, {'train': {'lr': value}, ...}, and what its base's weights are known by;
-    kept beside the state. Every process calls `save`. Raises InputError when what is there is of
-    another recipe, or all of it damaged.
+    recipe: the run's config, {'train': {'lr': value}, ...}, and what its model's weights and its
+    samples are known by, {'weights': ..., 'samples': ...}; kept beside the state. Every process
+    calls `save`. Raises InputError when what is there is of another recipe, or all of it damaged.
     """
 
     def __init__(self, folder, recipe, *, keep=2, best=''):
@@ -106,16 +113,30 @@ class Saves:
         return -math.inf if math.isnan(value) else -value
 
     def _best_so_far(self):
-        found = (self.manager.metrics(step) or {} for step in self.manager.all_steps())
+        """Of the checkpoints whose pictures were drawn with the settings of now."""
+        steps = (step for step in self.manager.all_steps() if self._drawn_alike(step))
+        found = (self.manager.metrics(step) or {} for step in steps)
         return min((-self._rank(m) for m in found), default=math.inf)
+
+    def _drawn_alike(self, step):
+        before, now = self._recipe_of(step), self.recipe
+        return all(before.get(k) == now[k] for k in now if k.startswith('preview.'))
+
+    def _recipe_of(self, step):
+        args = ocp.args.Composite(recipe=ocp.args.JsonRestore())
+        return self.manager.restore(step, args=args)['recipe']
+
+    @property
+    def step(self):
+        """The newest, or None if there is none."""
+        return self.manager.latest_step()
 
     def restore(self, abstract):
         """The newest state, placed as `abstract` says (ShapeDtypeStructs), or None if there is none."""
-        step = self.manager.latest_step()
+        step = self.step
         if step is None:
             return None
-        before = self.manager.restore(step, args=ocp.args.Composite(recipe=ocp.args.JsonRestore()))
-        self._same(before['recipe'])
+        self._same(self._recipe_of(step))
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self.manager.restore(step, args=args)['state']
@@ -129,7 +150,7 @@ class Saves:
         def fixed(key):
             if key == 'train.steps' and now.get('train.decay'):
                 return True
-            return not any(key == name or key.startswith(name + '.') for name in MAY_CHANGE)
+            return not under(key, MAY_CHANGE) and (key in before or not under(key, FOUND))
 
         keys = [k for k in {**now, **before} if fixed(k) and now.get(k) != before.get(k)]
         if keys:

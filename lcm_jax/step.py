@@ -28,6 +28,25 @@ from lcm_jax.tree import map_named, named
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 TARGETS = {'student': lambda params, ema: params, 'ema': lambda params, ema: ema}
+LEAST = {  # key of a config -> the least value that means something
+    'data.validation_batches': 1,
+    'lora.rank': 1,
+    'lora.alpha': 0,
+    'full.w_dim': 0,
+    'distill.min_snr': 0,
+    'train.steps': 0,
+    'train.batch': 1,
+    'train.accumulate': 1,
+    'train.lr': 0,
+    'train.warmup': 0,
+    'train.weight_decay': 0,
+    'train.clip': 0,
+    'train.caption_dropout': 0,
+    'train.max_skipped': 0,
+    'train.log_every': 1,
+    'train.save_every': 1,
+    'train.keep': 1,
+}
 
 
 class Student(NamedTuple):
@@ -93,8 +112,15 @@ def program(specs, family, schedule, config, mesh):
 
 
 def check(config, groups):
-    """InputError for values that do not go together. groups: of devices that share samples."""
-    c = config.train
+    """InputError for values that mean nothing or do not go together.
+
+    groups: of devices that share samples.
+    """
+    c, values = config.train, config.to_dict()
+    for key, least in LEAST.items():
+        part, name = key.split('.')
+        if not values[part][name] >= least:
+            raise InputError(f'{key} = {values[part][name]}; it must be at least {least}')
     for key, table in (('dtype', DTYPES), ('vae_dtype', DTYPES)):
         choose(key, config[key], table)
     choose('distill.target', config.distill.target, TARGETS)
@@ -130,7 +156,7 @@ def optimizer(c):
     else:
         rate = optax.constant_schedule(c.lr)
     adam = optax.adamw(rate, b2=c.b2, weight_decay=c.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(c.clip), adam), rate
+    return optax.chain(optax.clip_by_global_norm(c.clip or jnp.inf), adam), rate
 
 
 # --- what is trained
@@ -152,7 +178,10 @@ def lora_student(spec, base, config):
 
 
 def full_student(spec, base, config):
-    """Parameters of the UNet by path, all or some; for LCM with an input for the guidance scale."""
+    """Parameters of the UNet by path, all or some; for LCM with an input for the guidance scale.
+
+    What the base lacks is always trained.
+    """
     c = config.full
     if config.objective == 'lcm' and not spec.w_dim:
         spec = dataclasses.replace(spec, w_dim=c.w_dim)
@@ -160,6 +189,8 @@ def full_student(spec, base, config):
     taken = {path: x for path, x in named(tree) if re.fullmatch(c.trainable, path)}
     if not taken:
         raise InputError(f'no parameter matches full.trainable = {c.trainable!r}')
+    there = dict(named(base))
+    taken |= {path: x for path, x in named(tree) if path not in there}
 
     def init(key, params):
         have = dict(named(params))  # all but the new input, which starts without effect

@@ -19,7 +19,7 @@ import numpy as np
 from lcm_jax import aot, loop, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.errors import InputError, choose
-from lcm_jax.export import export
+from lcm_jax.export import check_name, export
 from lcm_jax.feed import Feed
 from lcm_jax.flags import parse
 from lcm_jax.flops import flops
@@ -30,6 +30,7 @@ from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, on_host
 from lcm_jax.step import DTYPES, program
 from lcm_jax.stop import Stop
+from lcm_jax.tree import digest
 
 NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
 STOPPED = 143  # exit status after SIGTERM, by which clusters know that the run shall go on
@@ -41,15 +42,16 @@ def run(config, workdir):
     Raises InputError for bad settings and data, and loop.Stopped after SIGTERM, its state saved.
     """
     workdir, c = Path(workdir).resolve(), config.train
+    check_name(config.export.name)
     model = describe(config.model)
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
     feed = Feed(model, config, mesh, workdir)
-    recipe = config.to_dict() | {'weights': model.marks(['unet'])}
+    recipe = config.to_dict() | {'weights': model.marks(model.specs), 'samples': known(feed.source)}
     with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
         there = place(model, prog, config, mesh, feed.sizes[0])
-        state = there.state
+        state, there = there.state, there._replace(state=None)
         preview = Preview(
             model,
             prog,
@@ -61,10 +63,11 @@ def run(config, workdir):
             file=workdir / 'preview' / 'references.npz',
         )
         preview.references(state.params, there.frozen)
-        resumed = saves.restore(prog.state)
+        if saves.step is not None:
+            state = None  # so that there are never two in memory
+            state = saves.restore(prog.state)
         say(summary(prog, mesh, config, feed))
-        if resumed is not None:
-            state, there = resumed, there._replace(state=None)
+        if saves.step is not None:
             say(f'going on from step {int(state.step)} in {workdir}')
         with Writer(workdir, int(state.step)) as writer, Stop(int(state.step)) as stop:
             out = Outputs(config, model, prog, feed, preview, step, saves, writer, workdir)
@@ -89,6 +92,12 @@ def run(config, workdir):
             file = out.export(config.export.name, state)
             sharding.wait('exported')  # JAX lets no process end long before the others
             return file
+
+
+def known(source):
+    """What the order of a source's samples depends on -> their number and a digest of their names."""
+    names = [source.sample_name(i) for i in range(len(source))]
+    return {'number': len(names), 'names': digest({}, names)}
 
 
 class There(NamedTuple):

@@ -322,11 +322,13 @@ def midpoint(t, s):
 
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize(('solver', 'algorithm'), [('dpm', 'dpmsolver'), ('dpm++', 'dpmsolver++')])
-def test_second_order_steps_are_diffusers_singlestep(solver, algorithm, kind):
+@pytest.mark.parametrize('apart', [20, 2, 1])
+def test_second_order_steps_are_diffusers_singlestep(solver, algorithm, kind, apart):
+    """With no whole time between t and s, the middle is s."""
     t = np.array([999, 519, 259, 59, 19])
-    s = np.maximum(t - 20, 0)
-    u = [midpoint(*pair) for pair in zip(t, s, strict=True)]
-    assert all(a > b > c for a, b, c in zip(t, u, s, strict=True))
+    s = np.maximum(t - apart, 0)
+    u = [midpoint(*pair) if apart > 1 else pair[1] for pair in zip(t, s, strict=True)]
+    assert all(a > b >= c for a, b, c in zip(t, u, s, strict=True))
     z = random(5, len(t), 4, 4, 4)
     model = denoiser(lambda z, t: output(z, t[:, None, None, None]), kind, schedule())
     got = ODE_STEPS[solver](model, z, jnp.asarray(t), jnp.asarray(s), schedule())
@@ -334,6 +336,17 @@ def test_second_order_steps_are_diffusers_singlestep(solver, algorithm, kind):
     error = np.abs(got - np.stack(want)).max() / np.abs(want).max()
     print(f'{solver}, {kind}: largest difference {error:.1e} of the largest value')
     assert error < 1e-4
+
+
+@pytest.mark.parametrize('solver', ODE_STEPS)
+def test_steps_between_neighbouring_times_are_finite(solver):
+    """All of them, and the step from 0 to 0, which changes nothing."""
+    t = jnp.arange(1000)
+    z = random(5, len(t), 1, 1, 2)
+    model = denoiser(lambda z, t: output(z, t[:, None, None, None]), 'epsilon', schedule())
+    got = np.asarray(ODE_STEPS[solver](model, z, t, jnp.maximum(t - 1, 0), schedule()))
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[0], z[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(('solver', 'order'), [('ddim', 1), ('dpm', 2), ('dpm++', 2)])

@@ -1,10 +1,13 @@
 """Plans of small programs, for TPUs that are not here and for what is."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from test_strips import MODEL
 
@@ -121,6 +124,20 @@ def test_command(capsys, monkeypatch):
         )
         out = capsys.readouterr().out
         assert 'temporaries' in out and 'fits, with' in out
+
+
+def test_a_gpu_is_counted_by_the_default_path(monkeypatch):
+    """As training counts it: cuDNN's kernels cannot be looked into."""
+    monkeypatch.setattr(plan, 'compiled', lambda program: plan.Cost(*(0,) * 7, 'HloModule x'))
+    home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=home)
+
+    def fn(a, b):
+        return lax.platform_dependent(a, b, cuda=lambda a, b: a + b, default=jnp.dot)
+
+    gpu = SimpleNamespace(platform='gpu', device_kind='NVIDIA H100 80GB HBM3')
+    mesh = SimpleNamespace(devices=np.array([gpu]), shape={'data': 1})
+    assert plan.report(plan.Program(fn, {'a': x, 'b': x}, mesh, 1)).flops == 2 * 8**3
 
 
 def test_unknown_devices_are_not_judged():

@@ -148,3 +148,37 @@ def test_with_decay_the_number_of_steps_stays(tmp_path):
 def test_without_decay_it_may_change(folder):
     for steps in (2, 4):
         assert restored(folder, steps=steps) == 2
+
+
+def test_what_a_checkpoint_does_not_say_of_weights_and_samples_may_be_anything(folder):
+    with Saves(folder, RECIPE | {'weights': {'vae': 'a'}, 'samples': {'number': 3}}) as kept:
+        assert int(kept.restore(ABSTRACT).step) == 2
+        kept.save(3, state(3), {})
+    with Saves(folder, RECIPE | {'weights': {'vae': 'b'}, 'samples': {'number': 4}}) as kept:
+        said = r"weights\.vae = 'a' \(now 'b'\), samples\.number = 3 \(now 4\)"
+        with pytest.raises(InputError, match=said):
+            kept.restore(ABSTRACT)
+
+
+def test_the_best_is_of_pictures_that_were_drawn_alike(folder):
+    for prompts, best in (((), 0.5), (('a cat',), np.inf)):
+        preview = {'preview': {'prompts': prompts}}
+        with Saves(folder, RECIPE | (preview if prompts else {}), best='distance') as kept:
+            assert kept.best == best
+
+
+def test_an_error_in_a_preview_loses_no_steps(tmp_path):
+    def step(state, frozen, batch, key):
+        return state._replace(step=state.step + 1), {'loss': 0.0, 'grad_norm': 0.0, 'finite': True}
+
+    def fails(i, state):
+        raise OSError('disk full')
+
+    folder = tmp_path / 'checkpoints'
+    with pytest.raises(OSError, match='disk full'), saves(folder) as kept:
+        loop.fit(
+            step, state(0)._replace(step=jnp.int32(5)), None, lambda i: iter([(None, ['a'])] * 3),
+            None, steps=9, saves=kept, log=print, save_every=7, log_every=9, on_save=fails,
+        )  # fmt: skip
+    with saves(folder) as kept:
+        assert int(kept.restore(ABSTRACT).step) == 7

@@ -4,8 +4,12 @@ import ast
 import dataclasses
 import itertools
 import json
+import re
 import runpy
 import tokenize
+import weakref
+from pathlib import Path
+from unittest import mock
 
 import diffusers
 import jax
@@ -14,10 +18,12 @@ import numpy as np
 import optax
 import pytest
 import runs
+import tiny
+from random_model import write_model
 from safetensors.numpy import load_file, save_file
-from sets import sample, tar_of
+from sets import encoded, sample, tar_of
 
-from lcm_jax import demo, feed, metrics, sharding, step, train
+from lcm_jax import demo, export, feed, metrics, sharding, step, train
 from lcm_jax.data import cache
 from lcm_jax.data.emoji import emoji
 from lcm_jax.data.settings import DataSettings
@@ -27,6 +33,7 @@ from lcm_jax.grid import pixels
 from lcm_jax.lora import delta
 from lcm_jax.lora_files.files import read_lora
 from lcm_jax.model import describe
+from lcm_jax.models import shapes
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.saves import flat
 
@@ -126,6 +133,9 @@ def test_every_key_is_read(model, tmp_path, monkeypatch):
         changes = {'train.steps': 1, 'train.decay': True, 'train.warmup': 0} | changes
         config, workdir, _ = train.parse(runs.arguments(model, tmp_path / name, changes))
         train.run(Recording(config, read), workdir)
+        there = {p.name for p in Path(workdir).iterdir() if not p.name.startswith('events.')}
+        own = {Path(name).stem for name in there - {*export.RESERVED}}
+        assert own == {'lora', 'lora_best'}
     assert {*leaves('default')} - read == set()
 
 
@@ -173,6 +183,11 @@ def test_command_lines_that_lack_something(tmp_path):
         ({'export__weights': 'best'}, 'params, ema'),
         ({'train__batch': 48}, 'not exceed'),
         ({'train__accumulate': 3}, 'multiple of 3'),
+        ({'train__accumulate': 0}, r'train\.accumulate = 0; it must be at least 1'),
+        ({'train__clip': -1.0}, r'train\.clip = -1\.0; it must be at least 0'),
+        ({'train__lr': float('nan')}, r'train\.lr = nan; it must be at least 0'),
+        ({'lora__rank': 0}, r'lora\.rank = 0; it must be at least 1'),
+        ({'data__validation_batches': 0}, 'validation_batches = 0; it must be at least 1'),
         ({'train__decay': True, 'train__warmup': 6}, 'must be less'),
         ({'train__remat': 'block'}, 'blocks'),
         ({'trains': 'full', 'full__trainable': 'to_quack'}, 'to_quack'),
@@ -187,6 +202,21 @@ def test_settings_outside_the_tables_are_refused(model, tmp_path, settings, said
     assert (
         not (tmp_path / 'run' / 'checkpoints').is_dir() or not runs.checkpoints(tmp_path / 'run')[0]
     )
+
+
+@pytest.mark.parametrize(
+    'name', ['', '.', '..', '.hidden', '../other', 'a/b', 'a\\b', *export.RESERVED, 'Cache']
+)
+def test_names_under_which_nothing_is_exported(model, tmp_path, name):
+    with pytest.raises(InputError, match=re.escape(f'export.name = {name!r}; give a name in')):
+        runs.run(model, tmp_path, export__name=name)
+
+
+def test_a_folder_that_holds_no_model_is_not_replaced(model, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    with pytest.raises(InputError, match='mine is there and holds no model'):
+        export.export_folder(tmp_path / 'mine', {}, None, None, None)
+    assert (tmp_path / 'mine').is_dir()
 
 
 # --- the loss
@@ -215,6 +245,17 @@ def test_gradient_steps_lower_the_loss_towards_a_fixed_target(model):
         updates, opt = tx.update(grads, opt)
         params = optax.apply_updates(params, updates)
     assert values[-1] < 0.9 * values[0], values
+
+
+def test_a_clip_of_0_is_no_limit():
+    c = runpy.run_path(str(runs.CONFIGS / 'default.py'))['get_config']().train
+    updates = []
+    for clip in (0.0, 1e9):
+        c.update(clip=clip, warmup=0)
+        tx, _ = step.optimizer(c)
+        updates.append(tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))[0])
+    np.testing.assert_array_equal(*updates)
+    assert np.all(updates[0] != 0)
 
 
 # --- steps that are left out
@@ -269,6 +310,19 @@ def test_many_such_steps_in_a_row_end_the_run(model, tmp_path, poison):
     poison(range(40))
     with pytest.raises(InputError, match=r'3 steps in a row .* not finite; step 1: 0000\d{4}, '):
         runs.run(model, tmp_path / 'run', data__cache=True, train__max_skipped=2)
+
+
+def test_skipped_steps_are_counted_on_after_a_resume():
+    def skip(state, frozen, batch, key):
+        return state._replace(step=state.step + 1), {'finite': False}
+
+    said, start = [], train.loop.State(jnp.int32(3), jnp.int32(2), None, None, None)
+    train.loop.fit(
+        skip, start, None, lambda i: iter([(None, ['a'])] * 2), None, steps=5,
+        saves=mock.Mock(), log=lambda i, means, *_: said.append(means['skipped']),
+        save_every=9, log_every=1,
+    )  # fmt: skip
+    assert said == [3, 4]
 
 
 # --- going on
@@ -343,6 +397,40 @@ def test_a_run_says_what_its_sources_leave_out(model, tmp_path, capsys):
     assert capsys.readouterr().out == 2 * line
 
 
+def test_pictures_are_compared_with_those_of_the_same_settings(model, tmp_path, capsys):
+    """Drawn again where preview.* has changed, here to another number of prompts."""
+    run, new = tmp_path / 'run', {'train__steps': 2, 'preview__prompts': ('a disc', 'a ring')}
+    runs.run(model, run, train__steps=1)
+    assert 'drawn again' not in capsys.readouterr().out
+    runs.run(model, run, **new)
+    assert 'it is drawn again' in capsys.readouterr().out
+    runs.run(model, tmp_path / 'new', train__save_every=1, **new)
+    files = (w / 'preview' / 'references.npz' for w in (run, tmp_path / 'new'))
+    runs.same(*(dict(np.load(file)) for file in files))
+    last = [[x for x in runs.lines(w) if 'distance' in x][-1] for w in (run, tmp_path / 'new')]
+    assert last[0] == last[1]
+
+
+def test_the_new_state_is_gone_before_the_old_one_is_read(model, tmp_path, monkeypatch):
+    """Two of them would be the largest thing in memory."""
+    kept, alive = [], []
+
+    def place(*args, place=train.place):
+        there = place(*args)
+        kept.extend(weakref.ref(x) for x in jax.tree.leaves(there.state))
+        return there
+
+    def restore(self, abstract, restore=train.Saves.restore):
+        alive.extend(x for x in kept if x() is not None)
+        return restore(self, abstract)
+
+    runs.run(model, tmp_path, train__steps=1)
+    monkeypatch.setattr(train, 'place', place)
+    monkeypatch.setattr(train.Saves, 'restore', restore)
+    runs.run(model, tmp_path, train__steps=2)
+    assert kept and not alive
+
+
 # --- the cache of a run
 
 
@@ -379,15 +467,31 @@ def test_a_cache_of_something_else_is_refused(model, tmp_path):
             runs.run(model, tmp_path, data__cache=True, train__steps=1, **changes)
 
 
-@pytest.mark.parametrize('part', ['unet', 'vae', 'text_encoder'])
-def test_other_weights_under_the_same_name_are_refused(tmp_path, part):
+@pytest.mark.parametrize(
+    ('part', 'cache'),
+    [('unet', True), ('vae', True), ('text_encoder', True), ('vae', False)],
+)
+def test_other_weights_under_the_same_name_are_refused(tmp_path, part, cache):
     model = runs.write_tiny(tmp_path / 'tiny')
-    runs.run(model, tmp_path / 'run', data__cache=True, train__steps=1)
+    runs.run(model, tmp_path / 'run', data__cache=cache, train__steps=1)
     (file,) = (model / part).glob('*.safetensors')
     tensors = load_file(file)
     save_file({key: np.float32(1.01) * x for key, x in tensors.items()}, file)
     with pytest.raises(InputError, match=rf"weights\.{part} = '\w+' \(now '\w+'\)"):
-        runs.run(model, tmp_path / 'run', data__cache=True, train__steps=2)
+        runs.run(model, tmp_path / 'run', data__cache=cache, train__steps=2)
+
+
+def test_other_samples_under_the_same_name_are_refused(model, tmp_path):
+    pictures = tmp_path / 'pictures'
+    pictures.mkdir()
+    settings = {'data__source': f'folder:{pictures}', 'train__steps': 1}
+    for i in range(9):
+        (pictures / f'{i}.png').write_bytes(encoded(size=(16, 16)))
+        (pictures / f'{i}.txt').write_text('a disc')
+        if i == 7:
+            runs.run(model, tmp_path / 'run', **settings)
+    with pytest.raises(InputError, match=r'samples\.number = 8 \(now 9\), samples\.names = '):
+        runs.run(model, tmp_path / 'run', **settings)
 
 
 # --- what is exported
@@ -423,10 +527,10 @@ def test_the_best_is_exported_beside_the_last(model, tmp_path):
     scores = {x['step']: x['distance'] for x in runs.lines(tmp_path) if 'distance' in x}
     best = min(scores, key=scores.get)
     assert len(scores) == 4
-    shapes = Pipeline.load(model).params
+    base = Pipeline.load(model).params
     for name, at in (('lora_best', best), ('lora', 8)):
         state = runs.state(tmp_path, at)
-        for path, ab in read_lora(tmp_path / f'{name}.safetensors', shapes)[0]['unet'].items():
+        for path, ab in read_lora(tmp_path / f'{name}.safetensors', base)[0]['unet'].items():
             want = 2.0 * state[f'ema/{path}/down'] @ state[f'ema/{path}/up']
             np.testing.assert_allclose(delta(ab), want, atol=2e-3 * np.abs(want).max() + 1e-7)
 
@@ -443,6 +547,7 @@ def test_a_full_lcm_opens_here_and_in_diffusers(model, tmp_path):
     theirs = diffusers.DiffusionPipeline.from_pretrained(out)
     assert isinstance(theirs, diffusers.LatentConsistencyModelPipeline)
     assert theirs.unet.config.time_cond_proj_dim == 8
+    assert json.loads((out / 'model_index.json').read_text())['_lcm_jax']['w'] == '2:4'
     assert isinstance(theirs.scheduler, diffusers.LCMScheduler)
     prompt, noise = 'a red disc on green', np.random.default_rng(0).standard_normal((1, 4, 8, 8))
     import torch
@@ -455,16 +560,54 @@ def test_a_full_lcm_opens_here_and_in_diffusers(model, tmp_path):
     assert picture.shape == (1, 16, 16, 3) and np.isfinite(picture).all()
 
 
-def test_a_part_of_the_unet_is_trained(model, tmp_path):
-    settings = {'objective': 'lcf', 'trains': 'full', 'full__trainable': '.*/attn2/.*'}
-    out = runs.run(model, tmp_path, train__steps=2, train__lr=0.01, **settings)
+def test_a_full_lcm_with_two_text_encoders_opens_here_and_in_diffusers(tmp_path):
+    """diffusers' LCM pipeline takes one; SDXL's own class has a guidance input too."""
+    write_model(tmp_path / 'xl', tiny.MODELS['sdxl'], np.float32, keep=False)
+    settings = {'trains': 'full', 'full.w_dim': 8}
+    config = train.parse(runs.arguments(tmp_path / 'xl', 'unused', settings))[0]
+    base = describe(tmp_path / 'xl')
+    student = step.full_student(base.specs['unet'], shapes.unet_shapes(base.specs['unet']), config)
+    trained = student.init(None, base.load(['unet'], {'unet': jnp.float32})['unet'])
+    out = export.export(tmp_path / 'out', trained, base, student, config)
+    found = describe(out)
+    assert found.specs['unet'].w_dim == 8 and found.family == base.family
+    found.checkpoint.tensors('unet')
+    theirs = diffusers.DiffusionPipeline.from_pretrained(out)
+    assert isinstance(theirs, diffusers.StableDiffusionXLPipeline)
+    assert theirs.unet.config.time_cond_proj_dim == 8
+
+
+@pytest.mark.parametrize(
+    ('objective', 'kind'),
+    [('lcf', 'StableDiffusionPipeline'), ('lcm', 'LatentConsistencyModelPipeline')],
+)
+def test_a_part_of_the_unet_is_trained(model, tmp_path, objective, kind):
+    """And the new guidance input of an LCM, which the base lacks."""
+    settings = {'objective': objective, 'trains': 'full', 'full__trainable': '.*/attn2/.*'}
+    out = runs.run(model, tmp_path, train__steps=2, train__lr=0.01, full__w_dim=8, **settings)
     before, after = (dict(runs.named(Pipeline.load(m).params['unet'])) for m in (model, out))
-    assert before.keys() == after.keys()
+    new = after.keys() - before.keys()
+    assert len(new) == (objective == 'lcm') and all('cond_proj' in k for k in new)
     changed = {k for k in before if np.any(np.asarray(before[k]) != np.asarray(after[k]))}
     assert changed and all('/attn2/' in k for k in changed)
     said = json.loads((out / 'model_index.json').read_text())
-    assert said['_class_name'] == 'StableDiffusionPipeline'
+    assert said['_class_name'] == kind
     assert said['scheduler'] == ['diffusers', 'LCMScheduler']
+    assert said['_lcm_jax']['objective'] == objective
+
+
+@pytest.mark.parametrize(
+    ('objective', 'w_dim', 'said'),
+    [
+        ('lcm', 8, {'accelerates': 'true', 'w': '2:4', 'solver': 'ddim', 'solver_steps': '50'}),
+        ('lcf', 0, {'accelerates': 'true', 'solver_steps': '50'}),
+        ('lcf', 8, {'accelerates': 'true', 'w': '2:4', 'solver_steps': '50'}),
+        ('denoise', 0, {}),
+    ],
+)
+def test_only_what_the_objective_used_is_recorded(model, objective, w_dim, said):
+    config = train.parse(runs.arguments(model, 'unused', {'objective': objective}))[0]
+    assert export.recipe(config, w_dim) == {'objective': objective} | said
 
 
 # --- the demo, and what is shipped
