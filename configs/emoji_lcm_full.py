@@ -14,6 +14,7 @@ def get_config():
     c.data.cache = True
     c.distill.w = '2:7'
     c.distill.skip = 40
+    c.distill.huber_c = 0.1
     c.distill.target = 'ema'
     c.train.steps = 1000
     c.train.lr = 2e-4

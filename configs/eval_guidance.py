@@ -17,7 +17,6 @@ def get_config():
     c.ways = (
         {'label': 'teacher', 'sampler': 'ddim', 'steps': 50, **TEACHER},
         {'label': 'DDIM', 'sampler': 'ddim', **TEACHER},
-        {'label': 'DPM-Solver', 'sampler': 'dpm', **TEACHER},
         {'label': 'DPM-Solver++', 'sampler': 'dpm++', **TEACHER},
         {
             'label': 'LCM-LoRA, w = 6.5',
