@@ -168,7 +168,7 @@ def test_ckpt_without_torch(tmp_path, monkeypatch):
     (tmp_path / 'model.ckpt').write_bytes(b'x')
     monkeypatch.setitem(__import__('sys').modules, 'torch', None)
     with pytest.raises(
-        InputError, match=r'only PyTorch can read safely: convert it where .*convert'
+        InputError, match=r'only PyTorch can read safely.*save_file.*`lcm-jax convert`'
     ):
         open_model(tmp_path / 'model.ckpt')
 
