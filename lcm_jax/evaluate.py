@@ -180,12 +180,11 @@ def run(config, workdir):
         features if config.clip == config.features else config.clip and open_features(config.clip),
         config.lpips and open_lpips(config.lpips),
     )
-    for name in dict.fromkeys(source for _, source, _ in config.sets):
-        opened(config, name)
+    sources = {source: opened(config, source) for _, source, _ in config.sets}
     real = statistics_of(features, *opened(config, config.real))
     results = []
     for name, source, count in config.sets:
-        captions, own = captions_of(config, source, count)
+        captions, own = captions_of(sources[source], count, config.seed)
         judging = judge.Judge(networks, captions, real)
         bench = Bench(artist, judging, source, workdir / 'cells' / slug(name), reference)
         rows = [judging.real_row(own)]
@@ -357,10 +356,10 @@ def opened(config, name):
     return source, settings, np.arange(len(source))
 
 
-def captions_of(config, name, count):
-    """-> captions [N] to draw, and a function that reads their own pictures."""
-    source, settings, _ = opened(config, name)
-    ids = picked(source, count, config.seed)
+def captions_of(there, count, seed):
+    """What `opened` gives -> captions [N] to draw, and a function that reads their own pictures."""
+    source, settings, _ = there
+    ids = picked(source, count, seed)
     unique = np.unique(ids)
     said = {i: caption for i, _, caption in pairs(source, settings, unique)}
     captions = [said[i] for i in ids.tolist() if i in said]
