@@ -1,6 +1,7 @@
 """Style mixing, the LCM-LoRA report's figure 3: the Fluent style LoRA by many steps of DPM-Solver++, and with
 the LCM-LoRA added, untrained together, by few steps of the LCM sampler.
 
+lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji_lcm_lora_7.5 --set distill.w=6.5
 lcm-jax evaluate --config configs/eval_style.py --workdir runs/eval_style
 """
 
@@ -27,7 +28,7 @@ def get_config():
             'sampler': 'ddim',
             'steps': (2, 4, 8),
             'lora': 'fluent',
-            'guidance': 4.0,
+            'guidance': (4.0, 7.5),
         },
         {
             'label': 'style 1.0, DPM-Solver++',
@@ -35,6 +36,13 @@ def get_config():
             'steps': many,
             'lora': 'fluent',
             'guidance': 4.0,
+        },
+        {
+            'label': 'style 1.0, DPM-Solver++, guidance 7.5',
+            'sampler': 'dpm++',
+            'steps': (2, 4, 8),
+            'lora': 'fluent',
+            'guidance': 7.5,
         },
         {
             'label': 'style 0.8 + LCM 1.0',
@@ -47,6 +55,12 @@ def get_config():
             'sampler': 'lcm',
             'steps': (1, 2, 4, 8),
             'lora': 'fluent:1.0 + lcm:1.0',
+        },
+        {
+            'label': 'style 1.0 + LCM 1.0, w = 6.5',
+            'sampler': 'lcm',
+            'steps': (1, 2, 4, 8),
+            'lora': 'fluent:1.0 + runs/emoji_lcm_lora_7.5/lcm_lora.safetensors',
         },
     )
     c.sets = (('Fluent captions', 'emoji:fluent', 512),)

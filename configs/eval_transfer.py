@@ -1,6 +1,7 @@
 """Transfer: the LCM-LoRA of the base teacher on the teacher's Fluent fine-tune, without training.
 
 lcm-jax train --config configs/emoji_finetune.py --workdir runs/emoji_finetune
+lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji_lcm_lora_7.5 --set distill.w=6.5
 lcm-jax evaluate --config configs/eval_transfer.py --workdir runs/eval_transfer
 """
 
@@ -15,8 +16,13 @@ def get_config():
     c.reference = 'fine-tune'
     c.ways = (
         {'label': 'fine-tune', 'sampler': 'ddim', 'steps': 50, 'guidance': 4.0},
-        {'label': 'DDIM', 'sampler': 'ddim', 'guidance': 4.0},
-        {'label': 'DPM-Solver++', 'sampler': 'dpm++', 'guidance': 4.0},
+        {'label': 'DDIM', 'sampler': 'ddim', 'guidance': (4.0, 7.5)},
+        {'label': 'DPM-Solver++', 'sampler': 'dpm++', 'guidance': (4.0, 7.5)},
         {'label': "base's LCM-LoRA", 'sampler': 'lcm', 'lora': 'lcm'},
+        {
+            'label': "base's LCM-LoRA, w = 6.5",
+            'sampler': 'lcm',
+            'lora': 'runs/emoji_lcm_lora_7.5/lcm_lora.safetensors',
+        },
     )
     return c

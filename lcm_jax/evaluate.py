@@ -8,166 +8,28 @@ training, share the drawing.
 """
 
 import dataclasses
-import itertools
 import json
 import os
-import re
 import sys
-import time
-import warnings
 import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from lcm_jax import judge, report, sharding
-from lcm_jax.adapters import find, term
-from lcm_jax.checkpoint import open_model
+from lcm_jax.artist import MADE_OF, Artist, illustrate
+from lcm_jax.cells import planned, slug
 from lcm_jax.data.pairs import pairs, picked
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
-from lcm_jax.errors import InputError, choose
+from lcm_jax.errors import InputError
 from lcm_jax.features import open_features, open_lpips
 from lcm_jax.flags import parse
-from lcm_jax.grid import pixels
 from lcm_jax.logs import say
 from lcm_jax.measure import statistics_of
 from lcm_jax.peers import Peers
-from lcm_jax.pipeline import Pipeline
-from lcm_jax.samplers import SAMPLERS
-from lcm_jax.tree import digest
-
-MADE_OF = 'made_of'  # in files: all that they depend on
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """A row of a config's `ways`; guidance and steps: a number or several."""
-
-    label: str
-    sampler: str
-    model: str = ''  # '': the config's
-    lora: str = ''  # FILE:SCALE + FILE:SCALE ...; a file, or the name of a shipped LoRA
-    guidance: float | tuple = 1.0
-    steps: int | tuple = ()  # (): the config's
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One way of drawing, with one guidance and number of steps."""
-
-    label: str
-    model: str
-    lora: str
-    sampler: str
-    guidance: float
-    steps: int
-
-    @property
-    def name(self):
-        return f'{self.label}, {self.steps} step{"s" if self.steps > 1 else ""}'
-
-
-def cells_of(way, config):
-    """A row of the config -> its Cells. InputError for an unknown key, sampler or LoRA."""
-    fields = {f.name: f for f in dataclasses.fields(Way)}
-    for key in way:
-        choose(f'key of ways ({way.get("label", "no label")})', key, fields)
-    missing = [k for k in ('label', 'sampler') if not way.get(k)]
-    if missing:
-        raise InputError(f'a row of ways lacks {", ".join(missing)}: {dict(way)}')
-    way = Way(**way)
-    choose('sampler', way.sampler, SAMPLERS)
-    for file, _ in terms(way.lora):
-        find(file)
-    several = np.size(way.guidance) > 1
-    for guidance, steps in itertools.product(
-        np.atleast_1d(way.guidance).tolist(), np.atleast_1d(way.steps or config.steps).tolist()
-    ):
-        if steps < 1:
-            raise InputError(f'ways ({way.label}): steps = {steps}: must be at least 1')
-        label = f'{way.label}, guidance {guidance:g}' if several else way.label
-        yield Cell(label, way.model or config.model, way.lora, way.sampler, guidance, int(steps))
-
-
-def terms(lora):
-    """'FILE:SCALE + FILE:SCALE' -> [(file, scale)]; a scale that is not given is 1. Files may have a '+'."""
-    return [term(text) for text in re.split(r'\s+\+\s+', lora.strip()) if text]
-
-
-class Artist:
-    """Draws cells, holding one model at a time, on all devices of this process."""
-
-    def __init__(self, config):
-        self.config, self.pipe, self.set_to, self.known = config, None, None, {}
-        devices = jax.local_devices()
-        self.mesh = Mesh(np.array(devices), ('data',)) if len(devices) > 1 else None
-
-    def set(self, cell):
-        """Load the cell's model and LoRAs -> Pipeline."""
-        if self.set_to is None or self.set_to[0] != cell.model:
-            self.pipe = None  # one model in memory
-            self.pipe = Pipeline.load(cell.model, self.config.dtype or None, mesh=self.mesh)
-            self.set_to = cell.model, ''
-        if self.set_to[1] != cell.lora:
-            self.pipe.set_loras(terms(cell.lora))
-            self.set_to = cell.model, cell.lora
-        return self.pipe
-
-    def drawn_with(self, cell):
-        """-> {'weights': hash of the parameters, 'settings': of what the model's files say besides}."""
-        key = cell.model, cell.lora
-        if key not in self.known:
-            pipe = self.set(cell)
-            said = pipe.schedule._replace(abar=np.asarray(pipe.schedule.abar).tolist())
-            self.known[key] = {
-                'weights': digest(pipe.merged),
-                'settings': digest({}, said, repr(pipe.specs), pipe.size),
-            }
-        return self.known[key]
-
-    def made_of(self, cell):
-        """All that a picture depends on besides its prompt, its number, the tokenizers and the code."""
-        return {
-            **{k: v for k, v in dataclasses.asdict(cell).items() if k != 'label'},
-            **self.drawn_with(cell),
-            **{k: self.config[k] for k in ('seed', 'dtype', 'batch')},
-        }
-
-    def draw(self, cell, prompts, first):
-        """-> pictures [N,H,W,3] uint8 of prompts [N], with the noise of numbers from `first` on."""
-        pipe = self.set(cell)
-        with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'prompt of')  # captions are cut as in training
-            return pixels(
-                pipe(
-                    prompts,
-                    sampler=cell.sampler,
-                    steps=cell.steps,
-                    guidance=cell.guidance,
-                    seed=self.config.seed,
-                    first=first,
-                    truncate=True,
-                )
-            )
-
-    def batches(self, cell, prompts, process=0, processes=1):
-        """-> iterator of (numbers [b], pictures [b,H,W,3] uint8, seconds of one) of this process's part.
-
-        All are drawn `batch` at a time, by one program; the last is filled up.
-        """
-        size = self.config.batch
-        for start in range(process * size, len(prompts), processes * size):
-            numbers = np.arange(start, min(start + size, len(prompts)))
-            chunk = [prompts[i] for i in numbers]
-            begun = time.perf_counter()
-            drawn = self.draw(cell, chunk + chunk[:1] * (size - len(chunk)), start)
-            yield numbers, drawn[: len(chunk)], (time.perf_counter() - begun) / size
 
 
 def run(config, workdir):
@@ -200,35 +62,6 @@ def run(config, workdir):
         say(f'wrote report.md, results.json, plots and grids into {workdir}')
     sharding.wait('evaluated')
     return results
-
-
-def planned(config):
-    """-> Cells, the reference's first, and that or None; InputError if they cannot all be drawn."""
-    if not config.sets:
-        raise InputError('sets is empty: rows of name, source and number of pictures are needed')
-    if config.batch < 1:
-        raise InputError(f'batch = {config.batch}: must be at least 1')
-    alone('sets', [name for name, *_ in config.sets])
-    cells = [cell for way in config.ways for cell in cells_of(way, config)]
-    alone('ways', [cell.name for cell in cells])
-    reference = None
-    if config.reference:
-        choose('reference', config.reference, {cell.label: cell for cell in cells})
-        reference, *more = [cell for cell in cells if cell.label == config.reference]
-        if more:
-            raise InputError(f'reference {config.reference!r} has several numbers of steps')
-    cells.sort(key=lambda cell: cell != reference)
-    for model in dict.fromkeys(cell.model for cell in cells):
-        open_model(model)
-    return cells, reference
-
-
-def alone(key, names):
-    """InputError if two names would be one file's."""
-    slugs = [slug(name) for name in names]
-    twice = [name for name in names if slugs.count(slug(name)) > 1]
-    if twice:
-        raise InputError(f'two {key} would be called {twice[-1]!r}; give each a name of its own')
 
 
 def protocol(config, networks, real):
@@ -325,30 +158,6 @@ def known(file, made):
     return row if row.pop(MADE_OF) == json.loads(json.dumps(made)) else None
 
 
-def illustrate(artist, cell, file):
-    """Draw the config's prompts for the grid, side by side, unless the file shows just these."""
-    prompts = list(artist.config.prompts)
-    shows = json.dumps({**artist.made_of(cell), 'prompts': prompts})
-    if shown(file) == shows:
-        return
-    drawn = [x for _, pictures, _ in artist.batches(cell, prompts) for x in pictures]
-    info = PngInfo()
-    info.add_text(MADE_OF, shows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f'.part-{file.name}')
-    Image.fromarray(np.concatenate(drawn, 1)).save(part, pnginfo=info)
-    os.replace(part, file)  # it appears whole
-
-
-def shown(file):
-    """What the grid's pictures in a file were made of; '' if it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            return image.info.get(MADE_OF, '')
-    except OSError:
-        return ''
-
-
 def opened(config, name):
     """A source's name -> Source, settings, numbers of all its samples."""
     settings = DataSettings(source=name, resolution=config.resolution, crop='center')
@@ -372,10 +181,6 @@ def write(file, value):
     part = file.with_name(f'.part-{file.name}')
     part.write_text(json.dumps(value, indent=1) + '\n')
     os.replace(part, file)
-
-
-def slug(text):
-    return re.sub(r'[^a-z0-9.+]+', '-', text.lower()).strip('-')
 
 
 def start(config, workdir, cluster):

@@ -36,8 +36,8 @@ LAYERS = [
     lora_files.files lora_files.describe
     checkpoint scheduler families adapters draw
     request model convert step backbones
-    pipeline workloads preview feed export features
-    lcm_jax train lora_files.verbs judge measure sweep
+    pipeline workloads preview feed export features cells
+    lcm_jax train lora_files.verbs judge measure sweep artist
     evaluate
     demo lora_cli data_cli plan_cli eval_cli
     cli

@@ -1,0 +1,100 @@
+"""What an evaluation's config asks for: a cell for each way of drawing, guidance and number of steps."""
+
+import dataclasses
+import itertools
+import re
+
+import numpy as np
+
+from lcm_jax.adapters import find, term
+from lcm_jax.checkpoint import open_model
+from lcm_jax.errors import InputError, choose
+from lcm_jax.samplers import SAMPLERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A row of a config's `ways`; guidance and steps: a number or several."""
+
+    label: str
+    sampler: str
+    model: str = ''  # '': the config's
+    lora: str = ''  # FILE:SCALE + FILE:SCALE ...; a file, or the name of a shipped LoRA
+    guidance: float | tuple = 1.0
+    steps: int | tuple = ()  # (): the config's
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One way of drawing, with one guidance and number of steps."""
+
+    label: str
+    model: str
+    lora: str
+    sampler: str
+    guidance: float
+    steps: int
+
+    @property
+    def name(self):
+        return f'{self.label}, {self.steps} step{"s" if self.steps > 1 else ""}'
+
+
+def cells_of(way, config):
+    """A row of the config -> its Cells. InputError for an unknown key, sampler or LoRA."""
+    fields = {f.name: f for f in dataclasses.fields(Way)}
+    for key in way:
+        choose(f'key of ways ({way.get("label", "no label")})', key, fields)
+    missing = [k for k in ('label', 'sampler') if not way.get(k)]
+    if missing:
+        raise InputError(f'a row of ways lacks {", ".join(missing)}: {dict(way)}')
+    way = Way(**way)
+    choose('sampler', way.sampler, SAMPLERS)
+    for file, _ in terms(way.lora):
+        find(file)
+    several = np.size(way.guidance) > 1
+    for guidance, steps in itertools.product(
+        np.atleast_1d(way.guidance).tolist(), np.atleast_1d(way.steps or config.steps).tolist()
+    ):
+        if steps < 1:
+            raise InputError(f'ways ({way.label}): steps = {steps}: must be at least 1')
+        label = f'{way.label}, guidance {guidance:g}' if several else way.label
+        yield Cell(label, way.model or config.model, way.lora, way.sampler, guidance, int(steps))
+
+
+def terms(lora):
+    """'FILE:SCALE + FILE:SCALE' -> [(file, scale)]; a scale that is not given is 1. Files may have a '+'."""
+    return [term(text) for text in re.split(r'\s+\+\s+', lora.strip()) if text]
+
+
+def planned(config):
+    """-> Cells, the reference's first, and that or None; InputError if they cannot all be drawn."""
+    if not config.sets:
+        raise InputError('sets is empty: rows of name, source and number of pictures are needed')
+    if config.batch < 1:
+        raise InputError(f'batch = {config.batch}: must be at least 1')
+    alone('sets', [name for name, *_ in config.sets])
+    cells = [cell for way in config.ways for cell in cells_of(way, config)]
+    alone('ways', [cell.name for cell in cells])
+    reference = None
+    if config.reference:
+        choose('reference', config.reference, {cell.label: cell for cell in cells})
+        reference, *more = [cell for cell in cells if cell.label == config.reference]
+        if more:
+            raise InputError(f'reference {config.reference!r} has several numbers of steps')
+    cells.sort(key=lambda cell: cell != reference)
+    for model in dict.fromkeys(cell.model for cell in cells):
+        open_model(model)
+    return cells, reference
+
+
+def alone(key, names):
+    """InputError if two names would be one file's."""
+    slugs = [slug(name) for name in names]
+    twice = [name for name in names if slugs.count(slug(name)) > 1]
+    if twice:
+        raise InputError(f'two {key} would be called {twice[-1]!r}; give each a name of its own')
+
+
+def slug(text):
+    return re.sub(r'[^a-z0-9.+]+', '-', text.lower()).strip('-')
