@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 import warnings
 
@@ -13,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lcm_jax.cells import terms
-from lcm_jax.grid import pixels
+from lcm_jax.grid import pixels, save
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tree import digest
 
@@ -99,10 +98,7 @@ def illustrate(artist, cell, file):
     drawn = [x for _, pictures, _ in artist.batches(cell, prompts) for x in pictures]
     info = PngInfo()
     info.add_text(MADE_OF, shows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f'.part-{file.name}')
-    Image.fromarray(np.concatenate(drawn, 1)).save(part, pnginfo=info)
-    os.replace(part, file)  # it appears whole
+    save(Image.fromarray(np.concatenate(drawn, 1)), file, pnginfo=info)
 
 
 def shown(file):

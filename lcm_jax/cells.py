@@ -7,8 +7,8 @@ import re
 import numpy as np
 
 from lcm_jax.adapters import find, term
-from lcm_jax.checkpoint import open_model
 from lcm_jax.errors import InputError, choose
+from lcm_jax.model import describe
 from lcm_jax.samplers import SAMPLERS
 
 
@@ -84,7 +84,12 @@ def planned(config):
             raise InputError(f'reference {config.reference!r} has several numbers of steps')
     cells.sort(key=lambda cell: cell != reference)
     for model in dict.fromkeys(cell.model for cell in cells):
-        open_model(model)
+        height, width = describe(model).size
+        if not height == width == config.resolution:
+            raise InputError(
+                f'resolution = {config.resolution} px of the real pictures, but {model} draws '
+                f'{height} x {width} px: set resolution to what all models draw'
+            )
     return cells, reference
 
 

@@ -1,10 +1,6 @@
 """`lcm-jax`: the human verbs. Heavy modules are imported by the verb that needs them."""
 
 import argparse
-import os
-import sys
-import warnings
-from pathlib import Path
 
 from lcm_jax import data_cli, eval_cli, flags, lora_cli, plan_cli
 from lcm_jax.errors import InputError
@@ -18,7 +14,6 @@ EPILOG = """examples:
   lcm-jax lora inspect demo-out/lcm_lora.safetensors
 
 lcm-jax VERB --help says what a verb takes."""
-PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
 DTYPES = ('float32', 'bfloat16', 'float16')
 # Arguments of `sample` that go to the pipeline as they are.
 PASSED_ON = (
@@ -37,15 +32,13 @@ def demo(args):
 def train(args):
     from lcm_jax.train import start
 
-    start(*flags.parsed(args))
+    start(*flags.parsed(args, 'train'))
 
 
 def sample(args):
-    from lcm_jax.grid import strip
+    from lcm_jax.grid import save, strip
     from lcm_jax.pipeline import Pipeline
 
-    if args.out.suffix.lower() not in PICTURES:
-        raise InputError(f'--out {args.out}: the name must end in one of {", ".join(PICTURES)}')
     if len(args.scale) > len(args.lora):
         raise InputError(f'{len(args.scale)} --scale for {len(args.lora)} --lora; one each at most')
     image, mask = (file and read_picture(file) for file in (args.image, args.mask))
@@ -77,19 +70,11 @@ def read_picture(file):
     return picture
 
 
-def save(picture, file):
-    """Write a picture; it appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f'.part-{file.name}')
-    picture.save(part)
-    os.replace(part, file)
-
-
 def convert(args):
-    from lcm_jax.adapters import term
+    from lcm_jax.adapters import find, term
     from lcm_jax.convert import convert
 
-    loras = [term(text) for text in args.lora]
+    loras = [(find(file), scale) for file, scale in map(term, args.lora)]
     print(convert(args.source, args.out, args.to, args.dtype, loras, args.prediction_type))
 
 
@@ -110,7 +95,7 @@ def parser():
 
     p = verb(demo, 'demo', 'distil an LCM-LoRA from the shipped teacher, draw and measure')
     p.add_argument('--out', default='demo-out', help='folder for pictures, report and LoRA')
-    p.add_argument('--steps', type=positive, default=400, help='steps of distillation')
+    p.add_argument('--steps', type=flags.positive, default=400, help='steps of distillation')
 
     p = verb(train, 'train', 'distil or fine-tune from a config file (as python -m lcm_jax.train)')
     flags.add_run(
@@ -157,7 +142,7 @@ def sample_arguments(p):
     add = p.add_argument
     size = {'type': int, 'nargs': 2, 'metavar': ('HEIGHT', 'WIDTH')}
     add('prompt')
-    add('--out', type=Path, default='out.png', help='picture file; default: out.png')
+    add('--out', type=flags.picture_file, default='out.png', help='picture file; default: out.png')
     add('--model', default='emoji', help="'emoji' (the default), a folder, a file or a hub id")
     add('--vae', help='a model or folder with another VAE, such as TAESD for previews')
     add('--prediction-type', help='of a file that does not say, e.g. v_prediction')
@@ -169,13 +154,13 @@ def sample_arguments(p):
     add('--scale', type=float, **repeat, help='of each --lora, in order; default: 1')
 
     add = p.add_argument_group('how to draw').add_argument
-    add('--steps', type=positive, help='default: 4 with an acceleration LoRA, else 50')
+    add('--steps', type=flags.positive, help='default: 4 with an acceleration LoRA, else 50')
     add('--sampler', help='ddim, dpm, dpm++, euler or lcm; default: as the LoRA needs, lcm or ddim')
     add('--spacing', help="leading, trailing or linspace times; default: the sampler's")
     add('--guidance', type=float, help='1 is none: the default with an acceleration LoRA')
     add('--negative', metavar='PROMPT', help='negative prompt; acts above guidance 1')
     add('--seed', type=int, default=0, help='default: 0')
-    add('--count', type=positive, default=1, help='pictures of the prompt; default: 1')
+    add('--count', type=flags.positive, default=1, help='pictures of the prompt; default: 1')
     add('--size', **size, help="in px; default: the image's, or the model's")
     add('--clip-skip', type=int, default=0, metavar='N', help='last text layers to leave out')
     add('--truncate', action='store_true', help='cut a prompt that is too long, with a warning')
@@ -191,25 +176,11 @@ def sample_arguments(p):
     add('--target-size', **size, help='default: --size')
 
 
-def positive(text):
-    """Text -> int of 1 or more, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{text}: must be 1 or more')
-    return value
-
-
 def main(argv=None):
     """Run one verb; bad input ends with one line on stderr and status 1 (2 for bad arguments)."""
     args = parser().parse_args(argv)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: print(f'warning: {message}', file=sys.stderr)
-        try:
-            args.run(args)
-        except (InputError, OSError) as e:
-            sys.exit(f'error: {e}')
-        except KeyboardInterrupt:
-            sys.exit('interrupted')
+    with flags.plainly():
+        args.run(args)
 
 
 if __name__ == '__main__':

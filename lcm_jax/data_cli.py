@@ -1,8 +1,8 @@
 """The verbs of `lcm-jax data`: what each takes, and which function does it."""
 
 import dataclasses
-from pathlib import Path
 
+from lcm_jax import flags
 from lcm_jax.data.settings import DataSettings, check_latents
 from lcm_jax.errors import InputError
 
@@ -34,15 +34,15 @@ def settings(args):
 def check(args):
     from lcm_jax.data.check import contact_sheet, report
     from lcm_jax.data.sources import open_source
-    from lcm_jax.text import Tokenizer
+    from lcm_jax.grid import save
+    from lcm_jax.model import describe
 
     said = settings(args)
     source = open_source(args.source, said)
-    for line in report(source, Tokenizer.clip(), said, args.limit):
+    for line in report(source, describe(args.model).tokenizers()[0], said, args.limit):
         print(line, flush=True)
     if args.sheet and not source.encoded:
-        args.sheet.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(source, said).save(args.sheet)
+        save(contact_sheet(source, said), args.sheet)
         print(f'wrote {args.sheet}')
 
 
@@ -56,6 +56,10 @@ def cache(args):
     from lcm_jax.model import describe
     from lcm_jax.step import DTYPES
 
+    if args.process >= args.processes:
+        raise InputError(
+            f'--process {args.process} of --processes {args.processes}: counted from 0'
+        )
     if remote(args.out):
         raise InputError(f'{args.out}: caches are written and read by path: give a local folder')
     said = settings(args)
@@ -90,8 +94,14 @@ def add(verbs, verb):
 
     p = verb(check, 'check', 'read a source as a run would, and say what is in it', group)
     options(p)
-    p.add_argument('--limit', type=int, default=1000, help='samples to read; 0: all; default: 1000')
-    p.add_argument('--sheet', type=Path, metavar='FILE', help='picture file for a contact sheet')
+    p.add_argument(
+        '--limit', type=flags.natural, default=1000, help='samples to read; 0: all; default: 1000'
+    )
+    p.add_argument(
+        '--sheet', type=flags.picture_file, metavar='FILE', help='picture file for a contact sheet'
+    )
+
+    p.add_argument('--model', default='emoji', help='whose tokens captions are counted in')
 
     p = verb(cache, 'cache', 'write latents and text embeddings of a source', group)
     options(p)
@@ -100,11 +110,15 @@ def add(verbs, verb):
     for name, what in (('--dtype', 'text encoders'), ('--vae-dtype', 'VAE')):
         text = f'of the {what}, as in the config of the run; default: float32'
         p.add_argument(name, choices=('float32', 'bfloat16'), default='float32', help=text)
-    p.add_argument('--batch', type=int, default=16, help='samples encoded at once; default: 16')
     p.add_argument(
-        '--process', type=int, default=0, help='which of --processes this is; default: 0'
+        '--batch', type=flags.positive, default=16, help='samples encoded at once; default: 16'
     )
-    p.add_argument('--processes', type=int, default=1, help='that share the work; default: 1')
+    p.add_argument(
+        '--process', type=flags.natural, default=0, help='which of --processes this is; default: 0'
+    )
+    p.add_argument(
+        '--processes', type=flags.positive, default=1, help='that share the work; default: 1'
+    )
 
 
 def options(p):

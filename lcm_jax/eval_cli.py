@@ -8,7 +8,7 @@ from lcm_jax import flags
 def evaluate(args):
     from lcm_jax.evaluate import start
 
-    start(*flags.parsed(args))
+    start(*flags.parsed(args, 'ways'))
 
 
 def measure(args):
@@ -30,6 +30,7 @@ def measure(args):
 
 
 def sweep(args):
+    from lcm_jax.grid import save
     from lcm_jax.sweep import sweep
 
     picture, lines = sweep(
@@ -44,8 +45,7 @@ def sweep(args):
         seed=args.seed,
         clip=args.clip,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(args.out)
+    save(picture, args.out)
     print('\n'.join([*lines, f'wrote {args.out}']))
 
 
@@ -63,14 +63,15 @@ def add(verb):
     text = 'network: emoji (the default), clip:FOLDER, inception:FILE; see lcm_jax/features.py'
     p.add_argument('--features', default='emoji', help=text)
     text = 'px of the square that all pictures are resized and cut to; default: as they are'
-    p.add_argument('--resolution', type=int, default=0, help=text)
+    p.add_argument('--resolution', type=flags.natural, default=0, help=text)
     for which in ('real', 'fake'):
         text = f'write the statistics of {which.upper()}, to be given in its place'
         p.add_argument(f'--save-{which}', type=Path, metavar='FILE', help=text)
 
     p = verb(sweep, 'sweep', 'a grid of one prompt: LoRA scales or guidance, against steps')
     p.add_argument('prompt', nargs='+', help='one or several prompts; each has rows of its own')
-    p.add_argument('--out', type=Path, default='sweep.png', help='picture file; default: sweep.png')
+    text = 'picture file; default: sweep.png'
+    p.add_argument('--out', type=flags.picture_file, default='sweep.png', help=text)
     p.add_argument(
         '--model', default='emoji', help="'emoji' (the default), a folder, a file or a hub id"
     )
@@ -84,7 +85,9 @@ def add(verb):
     p.add_argument(
         '--guidance', **numbers, help='a row each, if there is no --scales; one: for all'
     )
-    p.add_argument('--steps', nargs='+', type=int, default=[1, 2, 4, 8], help='a column each')
+    p.add_argument(
+        '--steps', nargs='+', type=flags.positive, default=[1, 2, 4, 8], help='a column each'
+    )
     p.add_argument('--sampler', help='default: as the LoRA needs, lcm or ddim')
     p.add_argument('--seed', type=int, default=0, help='default: 0')
     text = 'network of the CLIP score below each picture: emoji (the default), clip:FOLDER'

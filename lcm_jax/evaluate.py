@@ -10,7 +10,6 @@ training, share the drawing.
 import dataclasses
 import json
 import os
-import sys
 import zipfile
 from pathlib import Path
 
@@ -18,15 +17,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lcm_jax import judge, report, sharding
+from lcm_jax import flags, judge, report, sharding
 from lcm_jax.artist import MADE_OF, Artist, illustrate
 from lcm_jax.cells import planned, slug
 from lcm_jax.data.pairs import pairs, picked
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
-from lcm_jax.errors import InputError
 from lcm_jax.features import open_features, open_lpips
-from lcm_jax.flags import parse
 from lcm_jax.logs import say
 from lcm_jax.measure import statistics_of
 from lcm_jax.peers import Peers
@@ -67,11 +64,17 @@ def run(config, workdir):
 def protocol(config, networks, real):
     """What is said beside the numbers."""
     return {
-        **{'features': networks.features.identity, 'real': config.real, 'real_pictures': real.n},
-        **{'clip': networks.clip and networks.clip.identity, 'paired': config.paired},
-        **{'lpips': networks.lpips and networks.lpips.identity, 'seed': config.seed},
-        **{'resolution': config.resolution, 'batch': config.batch, 'dtype': config.dtype},
-        **{'reference': config.reference},
+        'features': networks.features.identity,
+        'clip': networks.clip and networks.clip.identity,
+        'lpips': networks.lpips and networks.lpips.identity,
+        'real': config.real,
+        'real_pictures': real.n,
+        'paired': config.paired,
+        'reference': config.reference,
+        'resolution': config.resolution,
+        'seed': config.seed,
+        'batch': config.batch,
+        'dtype': config.dtype,
     }
 
 
@@ -102,8 +105,10 @@ class Bench:
         c, to = self.artist.config, self.reference
         return {
             **self.artist.made_of(cell),
-            **{'reference': self.artist.made_of(to) if to and cell != to else None},
-            **{'source': self.source, 'paired': c.paired, 'resolution': c.resolution},
+            'reference': self.artist.made_of(to) if to and cell != to else None,
+            'source': self.source,
+            'paired': c.paired,
+            'resolution': c.resolution,
             **self.judging.protocol,
         }
 
@@ -115,7 +120,8 @@ class Bench:
             batches = keeping(batches, self.artist.config.paired, keep, made)
         row = {
             **dataclasses.asdict(cell),
-            **{'file': stem.name, 'device': device()},
+            'file': stem.name,
+            'device': device(),
             **self.judging(batches, self.pictures),
         }
         if self.process == 0:
@@ -135,7 +141,9 @@ def keeping(batches, most, file, made):
         yield some, drawn, seconds
         numbers += some[some < most].tolist()
         pictures += [*drawn[some < most]]
-    np.savez_compressed(file, numbers=numbers, pictures=pictures, **{MADE_OF: json.dumps(made)})
+    part = file.with_name(f'.part-{file.name}')
+    np.savez_compressed(part, numbers=numbers, pictures=pictures, **{MADE_OF: json.dumps(made)})
+    os.replace(part, file)
 
 
 def kept_pictures(file, made):
@@ -145,7 +153,7 @@ def kept_pictures(file, made):
             if MADE_OF not in found or str(found[MADE_OF]) != json.dumps(made):
                 return None
             return dict(zip(found['numbers'].tolist(), found['pictures'], strict=True))
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
         return None
 
 
@@ -155,7 +163,7 @@ def known(file, made):
         row = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return row if row.pop(MADE_OF) == json.loads(json.dumps(made)) else None
+    return row if row.pop(MADE_OF, None) == json.loads(json.dumps(made)) else None
 
 
 def opened(config, name):
@@ -191,14 +199,8 @@ def start(config, workdir, cluster):
 
 
 def main(argv=None):
-    """Run the command line; bad input ends with one line on stderr and status 1."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {'-h', '--help'} & {*argv}:
-        return print(__doc__)
-    try:
-        start(*parse(argv))
-    except InputError as e:
-        sys.exit(f'error: {e}')
+    """Run the command line."""
+    flags.program(start, 'ways', __doc__, argv)
 
 
 if __name__ == '__main__':

@@ -1,13 +1,60 @@
-"""Command lines of programs that a config file describes."""
+"""Command lines: of programs that a config file describes, and what all have in common."""
 
+import argparse
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+
+from lcm_jax.data.files import remote
 from lcm_jax.errors import InputError, choose
+
+PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
+MARKS = {
+    'train': 'lcm-jax train',
+    'ways': 'lcm-jax evaluate',
+}  # key of a config -> what takes those
+
+
+@contextlib.contextmanager
+def plainly():
+    """Bad input ends the program with one line on stderr and status 1; a warning is a line."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f'warning: {message}', file=sys.stderr)
+        try:
+            yield
+        except (InputError, OSError) as e:
+            sys.exit(f'error: {e}')
+        except KeyboardInterrupt:
+            sys.exit('interrupted')
+
+
+def program(start, mark, usage, argv=None):
+    """A module run with `python -m`: start(config, workdir, cluster); mark: a key of MARKS."""
+    argv = sys.argv[1:] if argv is None else argv
+    if {'-h', '--help'} & {*argv}:
+        return print(usage)
+    with plainly():
+        start(*marked(mark, parse(argv)))
+
+
+def marked(mark, parsed):
+    """What `parse` gives, unless the config lacks the key `mark`: InputError."""
+    config = parsed[0]
+    if mark not in config:
+        others = [verb for key, verb in MARKS.items() if key in config]
+        raise InputError(
+            f'not a config of {MARKS[mark]!r}: it has no {mark!r}'
+            + (f'; it is one of {others[0]!r}' if others else '')
+        )
+    return parsed
 
 
 def parse(argv):
     """['--config=FILE', '--workdir=DIR', '--config.KEY=VALUE', ...] -> locked config, workdir, cluster.
 
     cluster: keywords of `sharding.start_distributed`. Raises InputError for a file that is not
-    there, an unknown key and a value of another type.
+    there, an unknown key, a value of another type and a workdir that is no path.
     """
     from ml_collections import ConfigDict
 
@@ -22,6 +69,11 @@ def parse(argv):
         raise InputError(
             f'arguments {" ".join(argv)}; give --config=FILE --workdir=DIR and, '
             'if you like, --config.KEY=VALUE'
+        )
+    if remote(workdir):
+        raise InputError(
+            f'--workdir {workdir}: must be a folder; mount the bucket (gcsfuse) and give its path, '
+            'such as /mnt/BUCKET/runs'
         )
     return config, workdir, cluster
 
@@ -61,17 +113,42 @@ def add_run(p, example, keys, outputs):
         p.add_argument(f'--{name}', type=kind, help=text)
 
 
-def parsed(args):
-    """What argparse made of `add_config` or `add_run` -> as `parse`."""
+def parsed(args, mark):
+    """What argparse made of `add_config` or `add_run` -> as `parse`. mark: a key of MARKS."""
     cluster = {k: getattr(args, k, None) for k in CLUSTER}
-    return parse(
-        [
-            f'--config={args.config}',
-            f'--workdir={getattr(args, "workdir", ".")}',
-            *(f'--config.{setting}' for setting in args.set),
-            *(f'--{k}={value}' for k, value in cluster.items() if value is not None),
-        ]
-    )
+    argv = [
+        f'--config={args.config}',
+        f'--workdir={getattr(args, "workdir", ".")}',
+        *(f'--config.{setting}' for setting in args.set),
+        *(f'--{k}={value}' for k, value in cluster.items() if value is not None),
+    ]
+    return marked(mark, parse(argv))
+
+
+def positive(text):
+    """Text -> int of 1 or more, for argparse."""
+    return at_least(1, text)
+
+
+def natural(text):
+    """Text -> int of 0 or more, for argparse."""
+    return at_least(0, text)
+
+
+def at_least(least, text):
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f'{text}: must be {least} or more')
+    return value
+
+
+def picture_file(text):
+    """Text -> Path whose suffix says a format of pictures, for argparse."""
+    if Path(text).suffix.lower() not in PICTURES:
+        raise argparse.ArgumentTypeError(
+            f'{text}: the name must end in one of {", ".join(PICTURES)}'
+        )
+    return Path(text)
 
 
 def parse_flags(argv):

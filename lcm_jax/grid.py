@@ -1,5 +1,7 @@
 """Labelled picture grids."""
 
+import os
+
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -65,6 +67,14 @@ def strip(pictures, columns=8, margin=4):
             picture, (margin + i % columns * (w + margin), margin + i // columns * (h + margin))
         )
     return out
+
+
+def save(picture, file, **options):
+    """Write a PIL image; it appears whole or not at all. options: of PIL's `save`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f'.part-{file.name}')
+    picture.save(part, **options)
+    os.replace(part, file)
 
 
 def pixels(pictures):

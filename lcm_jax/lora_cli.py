@@ -4,31 +4,34 @@ import sys
 
 
 def inspect(args):
+    from lcm_jax.adapters import find
     from lcm_jax.lora_files.describe import inspect_lora
 
-    print(inspect_lora(args.file))
+    print(inspect_lora(find(args.file)))
 
 
 def check(args):
+    from lcm_jax.adapters import find
     from lcm_jax.lora_files.verbs import check_lora
 
-    text, dropped = check_lora(args.file, args.model, args.target)
+    text, dropped = check_lora(find(args.file), args.model, args.target)
     print(text)
     if dropped:
         sys.exit(1)
 
 
 def convert(args):
+    from lcm_jax.adapters import find
     from lcm_jax.lora_files.verbs import convert_lora
 
-    print(convert_lora(args.file, args.out, args.model, args.dialect))
+    print(convert_lora(find(args.file), args.out, args.model, args.dialect))
 
 
 def merge(args):
-    from lcm_jax.adapters import term
+    from lcm_jax.adapters import find, term
     from lcm_jax.lora_files.verbs import merge_loras
 
-    terms = [term(text) for text in args.terms]
+    terms = [(find(file), scale) for file, scale in map(term, args.terms)]
     print(merge_loras(terms, args.out, args.model, args.rank, args.dialect))
 
 

@@ -41,25 +41,28 @@ def streamed(features, samples, total, label):
     found = None
     with tqdm(total=total, desc=f'features of {label}', leave=False) as bar:
         for numbers, pictures in batches(samples, BATCH):
-            part = Statistics.of(features.identity, features.images(pictures), numbers)
+            part = Statistics.of(
+                metrics.looked_at(features.identity, pictures), features.images(pictures), numbers
+            )
             found = found.merge(part) if found else part
             bar.update(len(numbers))
     return found
 
 
 def side(features, name, resolution):
-    """A .npz file of statistics, or the name of a source -> Statistics.
+    """A .npz file of statistics, or the name of a source -> function () -> Statistics.
 
-    Raises InputError if the source's pictures have several sizes and no resolution is given.
+    Raises InputError for what cannot be opened, and if the source's pictures have several sizes and no
+    resolution is given.
     """
     if name.endswith('.npz'):
         found = Statistics.load(Path(name))
-        if found.features != features.identity:
+        if not found.features.startswith(f'{features.identity},'):
             raise InputError(
                 f'{name} holds statistics of features {found.features!r}; this network is '
                 f'{features.identity!r}: measure the pictures again with it'
             )
-        return found
+        return lambda: found
     source = open_source(
         name, DataSettings(source=name, resolution=resolution or 64, crop='center')
     )
@@ -76,7 +79,7 @@ def side(features, name, resolution):
             )
         resolution = int(shapes[0][0])
     settings = DataSettings(source=name, resolution=resolution, crop='center')
-    return statistics_of(features, source, settings, np.arange(len(source)))
+    return lambda: statistics_of(features, source, settings, np.arange(len(source)))
 
 
 def compare(real, fake, features='emoji', resolution=0):
@@ -87,9 +90,12 @@ def compare(real, fake, features='emoji', resolution=0):
     (numbers of pictures), 'features', 'biased', and the Statistics of both.
     """
     features = open_features(features)
-    real, fake = (side(features, name, resolution) for name in (real, fake))
+    sides = [side(features, name, resolution) for name in (real, fake)]  # all that may be refused
+    real, fake = (measured() for measured in sides)
     return {
         **metrics.compare(real, fake),
-        **{'real': real.n, 'fake': fake.n, 'features': features.identity},
+        'real': real.n,
+        'fake': fake.n,
+        'features': real.features,
         'statistics': (real, fake),
     }

@@ -47,13 +47,19 @@ def found(images, texts, numbers, among=100, seed=0):
     return np.array(out)
 
 
+def looked_at(identity, pictures):
+    """What a network of this identity sees in pictures [N,H,W,3]: `Statistics.features` of them."""
+    _, height, width, _ = pictures.shape
+    return f'{identity}, pictures of {height} x {width} px'
+
+
 @dataclasses.dataclass(frozen=True)
 class Statistics:
     """What FID and KID need to know of a set of pictures, in memory that does not grow with it.
 
-    features: identity of the network. n, mean [D] and scatter [D,D], the sum of (x - mean)(x - mean)^T,
-    in float64. rows [K,D] float32 are the features of the K = KEPT pictures whose `order`, a fixed
-    function of their numbers, is lowest: a sample that depends on the set alone, not on its parts.
+    features: what `looked_at` says of the network and the pictures. n, mean [D] and scatter [D,D], the
+    sum of (x - mean)(x - mean)^T, in float64. rows [K,D] float32 are the features of the K = KEPT
+    pictures whose `order`, a fixed function of their numbers, is lowest: a sample that depends on the set alone, not on its parts.
     """
 
     features: str
@@ -96,7 +102,7 @@ class Statistics:
         if self.features != other.features:
             raise InputError(
                 f'statistics of features {self.features!r} and of {other.features!r} cannot be '
-                'compared; measure both sets with the same network and resize'
+                'compared; measure both sets with the same network, at the same size'
             )
 
     @property
@@ -134,7 +140,9 @@ def compare(real, fake):
     """
     fid, (mean, deviation) = frechet(real, fake), kid(real, fake)
     return {
-        **{'fid': fid, 'kid': mean, 'kid_std': deviation},
+        'fid': fid,
+        'kid': mean,
+        'kid_std': deviation,
         'biased': min(real.n, fake.n) < FEW,
     }
 

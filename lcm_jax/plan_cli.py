@@ -41,14 +41,11 @@ def show(r, name):
     lines += [f'  {gib(size)}  {kind}' for kind, size in groups.items() if size >= GIB / 2000]
     lines += [f'  {gib(r.needed)}  in all, of {r.chip.memory / GIB:.2f} GiB', '']
     if r.cost:
-        work, traffic = r.seconds
-        slowest = max(work, traffic)
         lines += [
             f'work of each device: {r.flops / 1e12:.2f} TFLOP in products and convolutions '
             f"(the compiler's count outside custom kernels: {r.cost.flops / 1e12:.2f}), "
             f'{r.cost.bytes_accessed / 1e9:.1f} GB moved',
-            f'roofline: {work:.4f} s of arithmetic, {traffic:.4f} s of memory traffic: at most '
-            f'{r.samples / slowest:.1f} samples/s, {r.samples / slowest / r.devices:.2f} a device',
+            roofline(r),
             '',
             'sent between devices' if r.collectives else 'nothing is sent between devices',
         ]
@@ -59,6 +56,18 @@ def show(r, name):
         lines += ['', f'compiled in {r.cost.seconds:.0f} s']
     lines.append(verdict(r))
     return '\n'.join(lines)
+
+
+def roofline(r):
+    """Report -> what its device's peaks allow, in words."""
+    work, traffic = r.seconds
+    slowest = max(work, traffic)
+    if math.isnan(slowest):
+        return 'roofline: not known, as the peaks of this device are not'
+    return (
+        f'roofline: {work:.4f} s of arithmetic, {traffic:.4f} s of memory traffic: at most '
+        f'{r.samples / slowest:.1f} samples/s, {r.samples / slowest / r.devices:.2f} a device'
+    )
 
 
 def verdict(r):
@@ -72,7 +81,7 @@ def verdict(r):
 def plan(args):
     from lcm_jax import chips, plan, sharding, step, workloads
 
-    config, *_ = flags.parsed(args)
+    config, *_ = flags.parsed(args, 'train')
     model, size = workloads.sizes_of(config.model), (config.data.resolution,) * 2
     axes = ('data', 'fsdp', 'tensor', 'dcn')
     mesh = sharding.make_mesh(

@@ -16,12 +16,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lcm_jax import aot, loop, sharding
+from lcm_jax import aot, flags, loop, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
-from lcm_jax.errors import InputError, choose
+from lcm_jax.errors import choose
 from lcm_jax.export import check_name, export
 from lcm_jax.feed import Feed
-from lcm_jax.flags import parse
 from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
@@ -250,14 +249,8 @@ def start(config, workdir, cluster):
 
 
 def main(argv=None):
-    """Run the command line; bad input ends with one line on stderr and status 1."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {'-h', '--help'} & {*argv}:
-        return print(__doc__)
-    try:
-        start(*parse(argv))
-    except InputError as e:
-        sys.exit(f'error: {e}')
+    """Run the command line."""
+    flags.program(start, 'train', __doc__, argv)
 
 
 if __name__ == '__main__':

@@ -115,7 +115,6 @@ def test_sample_from_a_picture(run, random_folder, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'said'),
     [
-        (['--out', 'x.gif'], 'x.gif: the name must end in one of .png, .jpg'),
         (
             ['--sampler', 'ddmi'],
             r"unknown sampler 'ddmi' \(did you mean 'ddim'\?\); one of: ddim, dpm",
@@ -139,6 +138,30 @@ def test_sample_refuses(run, random_folder, lora_file, arguments, said):
 def test_sample_refuses_a_long_prompt(run, random_folder):
     said = 'prompt of 42 tokens .*this model takes at most 32: .cat'
     refused(run('sample', 'cat ' * 40, '--model', random_folder), said)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['sample', 'x', '--out', 'x.gif'], 'x.gif: the name must end in one of .png, .jpg'),
+        (['sweep', 'x', '--lora', 'lcm', '--out', 'x'], 'x: the name must end in one of .png'),
+        (['data', 'check', 'emoji', '--sheet', 'x'], 'x: the name must end in one of .png'),
+        (['data', 'check', 'emoji', '--limit', -1], '-1: must be 0 or more'),
+        (['data', 'cache', 'emoji', 'x', '--batch', 0], '0: must be 1 or more'),
+        (['data', 'cache', 'emoji', 'x', '--processes', 0], '0: must be 1 or more'),
+        (['measure', 'emoji', 'emoji', '--resolution', -1], '-1: must be 0 or more'),
+    ],
+)
+def test_arguments_out_of_range_are_refused_at_once(run, arguments, said):
+    status, out, err = run(*arguments)
+    assert status == 2 and not out and said in err and not list(Path().iterdir())
+
+
+def test_data_refuses(run, tmp_path_factory):
+    command = 'data', 'cache', 'emoji', 'x', '--process', 2, '--processes', 2
+    refused(run(*command), '--process 2 of --processes 2: counted from 0')
+    folder = tmp_path_factory.mktemp('pictures')
+    refused(run('data', 'check', folder), f'{folder} is a folder: write folder:{folder}')
 
 
 def test_bad_arguments_have_status_2(run):
@@ -212,7 +235,9 @@ def test_lora(run, random_folder, lora_file):
 
 def test_lora_refuses(run, random_folder, lora_file):
     model = '--model', random_folder
-    refused(run('lora', 'inspect', 'nope.safetensors'), 'no such file: nope.safetensors')
+    refused(
+        run('lora', 'inspect', 'nope.safetensors'), "'nope.safetensors' is neither a shipped LoRA"
+    )
     refused(run('lora', 'convert', lora_file, 'x.bin', *model), 'must end in .safetensors')
     said = "'half' is no scale; write FILE:SCALE, a number"
     refused(run('lora', 'merge', f'{lora_file}:half', 'x.safetensors', *model), said)
@@ -244,6 +269,11 @@ def test_train_refuses(run, tmp_path_factory):
         run('train', '--config', CONFIG, '--workdir', 'w', '--set', 'model=emojy'),
         "'emojy' is neither",
     )
+    other = ROOT / 'configs' / 'eval.py'
+    said = "not a config of 'lcm-jax train': it has no 'train'; it is one of 'lcm-jax evaluate'"
+    refused(run('train', '--config', other, '--workdir', 'w'), said)
+    said = '--workdir gs://bucket/w: must be a folder'
+    refused(run('train', '--config', CONFIG, '--workdir', 'gs://bucket/w'), said)
     config = tmp_path_factory.mktemp('config') / 'typo.py'
     text = (
         Path(CONFIG)

@@ -206,6 +206,7 @@ def test_ways_that_cannot_be_are_refused_before_anything_is_drawn(
         ({'sets': (('A b', 'emoji', 8), ('a-b', 'emoji', 8))}, "two sets would be called 'a-b'"),
         ({'sets': (('a', 'emoji', 8), ('b', 'emoij', 8))}, 'emoij'),
         ({'batch': 0}, 'batch = 0'),
+        ({'resolution': 32}, 'resolution = 32 px of the real pictures, but '),
         ({'steps': (1, 0)}, 'ways (dpm): steps = 0'),
         ({'reference': 'few'}, "reference 'few' has several numbers of steps"),
     ],
@@ -341,6 +342,19 @@ def test_folders_that_cannot_be_measured(tmp_path, make, said):
     assert said in str(e.value)
 
 
+def test_both_sets_are_opened_before_one_is_measured(monkeypatch):
+    monkeypatch.setattr(measure, 'statistics_of', lambda *_: pytest.fail('measured'))
+    with pytest.raises(InputError, match='emoij'):
+        measure.compare('emoji-heldout:noto', 'emoij')
+
+
+@pytest.mark.parametrize('broken', [b'', b'PK', b'{}'])
+def test_what_a_killed_evaluation_left_is_measured_again(tmp_path, broken):
+    file = tmp_path / 'cell'
+    file.write_bytes(broken)
+    assert evaluate.kept_pictures(file, {}) is None and evaluate.known(file, {}) is None
+
+
 def test_pictures_of_any_size_are_measured(tmp_path):
     for i in range(3):
         shade = Image.new('L', (100, 100), 90 * i).convert('RGB')
@@ -357,6 +371,8 @@ def test_measure_prints_the_distance_and_keeps_statistics(tmp_path, capsys):
     again = capsys.readouterr().out
     assert said.splitlines()[0] == again.splitlines()[0] and said.startswith('FID ')
     assert 'biased upwards' in said
+    with pytest.raises(InputError, match=r'pictures of 64 x 64 px.* and of .*32 x 32 px'):
+        measure.compare(str(kept), 'emoji-heldout:twemoji', resolution=32)
     found = Statistics.load(kept)
     with open(kept, 'wb') as file:
         np.savez(file, **dataclasses.replace(found, features='another').arrays())

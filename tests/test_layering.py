@@ -15,9 +15,9 @@ LAYERS = [
     for line in """
     errors original aot
     tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics
-    grid stop loop peers flags logs orbax_io models.flash
+    grid stop loop peers logs orbax_io models.flash
     data.files saves report models.attention
-    data.tars
+    data.tars flags
     data.emoji data.folders
     data.emoji_tfds
     data.records

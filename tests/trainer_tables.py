@@ -1,5 +1,6 @@
 """The trainer's larger tables: `python tests/trainer_tables.py equality|kills|pairs OUT` (minutes)."""
 
+import argparse
 import random
 import shutil
 import signal
@@ -7,6 +8,8 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / 'tools'))  # as pytest has it, for runs.py
 
 import runs
 
@@ -117,16 +120,20 @@ def kills(model, out, n=10, processes=1, devices=1):
     print('losses, exported files and state: equal to the bit')
 
 
+TABLES = {
+    'equality': equality,
+    'kills': kills,
+    'pairs': partial(kills, n=4, processes=2, devices=2),
+}
+
+
 def main():
-    what, out = sys.argv[1], Path(sys.argv[2])
-    shutil.rmtree(out, ignore_errors=True)
-    model = runs.write_tiny(out / 'model')
-    if what == 'equality':
-        equality(model, out)
-    elif what == 'kills':
-        kills(model, out)
-    else:
-        kills(model, out, 4, processes=2, devices=2)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('table', choices=TABLES)
+    parser.add_argument('out', type=Path, help='folder for the runs; what is in it is deleted')
+    args = parser.parse_args()
+    shutil.rmtree(args.out, ignore_errors=True)
+    TABLES[args.table](runs.write_tiny(args.out / 'model'), args.out)
 
 
 if __name__ == '__main__':
