@@ -59,7 +59,8 @@ class Statistics:
 
     features: what `looked_at` says of the network and the pictures. n, mean [D] and scatter [D,D], the
     sum of (x - mean)(x - mean)^T, in float64. rows [K,D] float32 are the features of the K = KEPT
-    pictures whose `order`, a fixed function of their numbers, is lowest: a sample that depends on the set alone, not on its parts.
+    pictures whose `order`, a fixed function of their numbers, is lowest: a sample that depends on the set
+    alone, not on its parts.
     """
 
     features: str
