@@ -15,9 +15,7 @@ def get_config():
     c.data = ml_collections.ConfigDict()
     c.data.source = 'emoji'  # FAMILY:WHAT; families: emoji, emoji-heldout, wds, tfds, array_record,
     # folder, synthetic, cache (see lcm_jax/data/sources.py)
-    c.data.cache = (
-        False  # encode all of it once, into workdir/cache; crops and flips are fixed then
-    )
+    c.data.cache = False  # encode all of it once, into workdir/cache: crops and flips are fixed
     c.data.validation = ''  # a source that is not trained on, for the metric 'validation'
     c.data.validation_batches = 4  # of it that are judged by, always the same
     c.data.resolution = 64  # px, of the square cut out; with buckets, of one of their area
@@ -48,13 +46,9 @@ def get_config():
     c.distill.solver = 'ddim'  # of the teacher's step: ddim; dpm or dpm++ (two evaluations)
     c.distill.solver_steps = 50  # N: times at which the LCM is defined, 1000 / N apart
     c.distill.skip = 0  # k: length of the teacher's step, a multiple of 1000 / N; 0: 1000 / N
-    c.distill.w = (
-        'script'  # guidance of the teacher in the papers' convention (usual scale: 1 + w):
-    )
+    c.distill.w = 'script'  # guidance of the teacher in the papers' convention, usual scale - 1:
     # W, LOW:HIGH, or paper 2:14, report 7.5, script 5:15, script_sdxl 3:15
-    c.distill.null = (
-        'model'  # the teacher's null condition: model (as it was trained), empty, zeros
-    )
+    c.distill.null = 'model'  # the teacher's null condition: model (as trained), empty, zeros
     c.distill.distance = 'huber'  # huber or l2
     c.distill.huber_c = 0.001  # latent units
     c.distill.target = 'student'  # network that gives the target: student or ema
@@ -74,16 +68,11 @@ def get_config():
     c.train.ema_decay = 0.95  # per step; 0: no average is kept
     c.train.caption_dropout = 0.0  # share of captions replaced by the null condition
     c.train.seed = 0  # of the start, noise, times and guidance
-    c.train.max_skipped = (
-        10  # steps in a row with gradients that are not finite before the run ends
-    )
+    c.train.max_skipped = 10  # steps in a row with infinite gradients before the run ends
     c.train.log_every = 20  # steps
     c.train.save_every = 200  # steps; pictures are drawn then too
     c.train.keep = 2  # newest checkpoints that are kept
-    c.train.best = (
-        'distance'  # metric by which the best is kept and exported: distance, validation;
-    )
-    # empty: none
+    c.train.best = 'distance'  # or validation: what the best is kept and exported by; '': none
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # devices along each axis; -1: all that are left

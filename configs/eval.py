@@ -22,9 +22,7 @@ def get_config():
     c.seed = 0  # of the captions' choice and the noise
     c.batch = 64  # pictures drawn at a time, by each process
 
-    c.features = (
-        'emoji'  # network of FID and KID: emoji, clip:FOLDER, inception:FILE (lcm_jax/features.py)
-    )
+    c.features = 'emoji'  # network of FID and KID: emoji, clip:FOLDER, inception:FILE
     c.clip = 'emoji'  # network of the CLIP score: emoji, clip:FOLDER; empty: none
     c.lpips = 'emoji'  # network of LPIPS to the reference; empty: none
 

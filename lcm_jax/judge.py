@@ -116,7 +116,7 @@ class Judge:
             images = features if same else self.networks.clip.images(pictures)
             out['clip'] = metrics.cosines(images, self.texts[numbers])
             if len(self.texts) >= AMONG:
-                out['retrieval'] = metrics.found(images, self.texts, numbers, AMONG)
+                out['retrieval'] = metrics.retrieved(images, self.texts, numbers, AMONG)
         known = [i for i, number in enumerate(numbers) if number in reference]
         if known:
             theirs = np.stack([reference[numbers[i]] for i in known])

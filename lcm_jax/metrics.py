@@ -29,7 +29,7 @@ def psnr(a, b):
     return 10 * np.log10(255**2 / np.maximum(error, 1e-10))
 
 
-def found(images, texts, numbers, among=100, seed=0):
+def retrieved(images, texts, numbers, among=100, seed=0):
     """Features of pictures [N,D] and of all texts [M,D] -> [N] bool: whether a picture finds its text.
 
     It does if its own, texts[number], is the most similar of `among`; the others are drawn from `texts`

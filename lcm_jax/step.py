@@ -63,9 +63,7 @@ class Program(NamedTuple):
     """A training step. State and frozen are trees of ShapeDtypeStructs that say where they lie."""
 
     state: loop.State
-    frozen: (
-        dict  # what the step reads: 'null', and 'unet', 'vae', 'text_encoder' where it asks them
-    )
+    frozen: dict  # what the step reads: 'null'; 'unet', 'vae', 'text_encoder' where it asks them
     batch: Callable  # (height, width) px -> {name: ShapeDtypeStruct} of a global batch
     loss: Callable  # (trained, its average, frozen, batch, key) -> scalar
     step: Callable  # (state, frozen, batch, key) -> (state, metrics), not jitted

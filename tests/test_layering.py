@@ -30,7 +30,8 @@ LAYERS = [
     models.configs models.shapes models.zoo distill lora_files.dialects conditioning images
     encode data.pictures resize
     data.loader
-    data.cache_fill data.check data.pairs
+    data.cache_fill data.pairs
+    data.check
     infer lora_files.family lora_files.algebra lora_files.peft_config
     single lora_files.methods lora_files.programs
     lora_files.files lora_files.describe

@@ -108,20 +108,22 @@ def test_retrieval_counts_own_captions_that_win():
     texts = np.eye(120)
     images = texts.copy()
     images[:30] = np.roll(texts, 1, 0)[:30]  # these look like another row's caption
-    found = metrics.found(images, texts, np.arange(120))
+    found = metrics.retrieved(images, texts, np.arange(120))
     # The other row's caption is among the 99 drawn others with probability 99/119; otherwise the
     # own caption ties with all others at similarity 0, which does not count as found.
     assert found.mean() == pytest.approx(90 / 120)
-    assert metrics.found(texts, texts, np.arange(120)).all()
-    parts = [metrics.found(images[i : i + 40], texts, np.arange(i, i + 40)) for i in (0, 40, 80)]
+    assert metrics.retrieved(texts, texts, np.arange(120)).all()
+    parts = [
+        metrics.retrieved(images[i : i + 40], texts, np.arange(i, i + 40)) for i in (0, 40, 80)
+    ]
     np.testing.assert_array_equal(np.concatenate(parts), found)
     with pytest.raises(InputError, match='needs as many'):
-        metrics.found(texts[:50], texts[:50], np.arange(50))
+        metrics.retrieved(texts[:50], texts[:50], np.arange(50))
 
 
 def test_the_same_caption_twice_does_not_stand_against_itself():
     texts = np.repeat(np.eye(60), 2, 0)
-    assert metrics.found(texts, texts, np.arange(120)).all()
+    assert metrics.retrieved(texts, texts, np.arange(120)).all()
 
 
 def test_clip_score_is_100_times_the_mean_positive_cosine():

@@ -647,7 +647,7 @@ def test_shipped_models_reach_their_figures():
     texts = features.texts(captions)
 
     def found(pictures):
-        return metrics.found(features.images(pictures), texts, numbers).mean()
+        return metrics.retrieved(features.images(pictures), texts, numbers).mean()
 
     real = found(np.stack([s.picture for s in samples]))
     pipe = Pipeline.load('emoji')

@@ -10,13 +10,13 @@ adapter is disabled for the teacher. Nothing here imports jax or torch before a 
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+CONFIG = Path(__file__).parents[1] / 'configs' / 'default.py'
 SOLVER_STEPS, TOTAL = 50, 1000
 SIDES = 'lcm_jax', 'diffusers'
 TARGETS = [  # of the script
@@ -83,38 +83,20 @@ def ours(args):
     import jax
     import jax.numpy as jnp
 
-    from lcm_jax import aot, families, loop, scheduler, sharding, weights
-    from lcm_jax.models.zoo import MODELS
+    from lcm_jax import aot, flags, loop, sharding, weights
     from lcm_jax.step import program
     from lcm_jax.tree import map_named
+    from lcm_jax.workloads import sizes_of
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    from configs import default
-
-    config = default.get_config()
-    config.update_from_flattened_dict(SETTINGS)
-    config.update_from_flattened_dict(
-        {
-            'dtype': args.dtype,
-            'lora.rank': args.rank,
-            'lora.alpha': float(args.rank),
-            'train.batch': args.batch,
-            'train.remat': args.remat,
-        }
-    )
-    model = MODELS[args.model]
-    family = families.SDXL if args.pooled else families.SD
-    specs = dict(zip(family.text_encoders, model.text, strict=True))
-    specs |= {'unet': model.unet, 'vae': model.vae}
-    schedule = scheduler.read_schedule(
-        {
-            'beta_schedule': 'scaled_linear',
-            'beta_start': 0.00085,
-            'beta_end': 0.012,
-            'num_train_timesteps': TOTAL,
-            'prediction_type': model.prediction_type,
-        }
-    )
+    settings = SETTINGS | {
+        'dtype': args.dtype,
+        'lora.rank': args.rank,
+        'lora.alpha': float(args.rank),
+        'train.batch': args.batch,
+        'train.remat': args.remat,
+    }
+    config = flags.read(CONFIG, settings)
+    specs, family, schedule = sizes_of(args.model)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     prog = program(specs, family, schedule, config, mesh)
     batch = prog.batch((args.size, args.size))
@@ -143,7 +125,7 @@ def ours(args):
         for path, ab in prog.state.params.items()
     }
     state = loop.init(lora, prog.tx, 0.0)
-    scaling = model.vae.scaling_factor
+    scaling = specs['vae'].scaling_factor
 
     def call(x):
         nonlocal state

@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 
 from lcm_jax.data.loader import One, groups, iterate
 from lcm_jax.data.order import CHECK
+from lcm_jax.data.pairs import picked
 from lcm_jax.data.pictures import draw, prepare
 from lcm_jax.data.samples import Broken, Drops, decode
 from lcm_jax.grid import grid
@@ -30,14 +31,8 @@ def report(source, tokenizer, settings, limit):
     yield f'pictures, height x width: {spread(source.sizes)}'
     for (h, w), ids in groups(source, settings):
         yield f'cut to {h} x {w}: {len(ids):,}'
-    yield from reading(source, tokenizer, settings, picked(source, limit, settings))
-
-
-def picked(source, limit, settings):
-    """-> ids, in their order."""
-    n = min(limit or len(source), len(source))
-    rng = np.random.default_rng((CHECK, settings.seed))
-    return np.sort(rng.choice(len(source), n, replace=False))
+    ids = picked(source, min(limit, len(source)), (CHECK, settings.seed))
+    yield from reading(source, tokenizer, settings, ids)
 
 
 def reading(source, tokenizer, settings, ids):
@@ -87,7 +82,7 @@ def contact_sheet(source, settings):
     """Some samples as they are stored, and as a run cuts and flips them -> PIL image."""
     shape_of = {i: shape for shape, ids in groups(source, settings) for i in ids.tolist()}
     names, cells = [], []
-    for i in picked(source, ROWS, settings).tolist():
+    for i in picked(source, min(ROWS, len(source)), (CHECK, settings.seed)).tolist():
         try:
             raw = source.read(i)
             picture = decode(raw.picture)

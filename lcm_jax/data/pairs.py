@@ -36,7 +36,7 @@ class Pairs(One):
 def picked(source, limit, seed):
     """-> ids: `limit` samples of a source by chance, or, if it is 0, all; in their order.
 
-    Where the source has fewer, all of them as often as it takes.
+    Where the source has fewer, all of them as often as it takes. seed: as numpy's `default_rng` takes it.
     """
     n = len(source)
     if not 0 < limit < n:

@@ -21,7 +21,7 @@ class DataSettings:
     max_unsafe: float = 0.0  # LAION's punsafe, 0..1
     max_dropped: float = 0.05  # share of broken samples, and of unreadable files, that is borne
     seed: int = 0  # order of the samples, crops and flips
-    threads: int = 4  # that read and decode, in each process or worker
+    threads: int = 8  # that read and decode, in each process or worker
     workers: int = 0  # processes that read and decode; 0: the program's own
 
     def __post_init__(self):
