@@ -28,7 +28,14 @@ def get_config():
             'sampler': 'ddim',
             'steps': (2, 4, 8),
             'lora': 'fluent',
-            'guidance': (4.0, 7.5),
+            'guidance': 4.0,
+        },
+        {
+            'label': 'style 1.0, DDIM, guidance 7.5',
+            'sampler': 'ddim',
+            'steps': (2, 4, 8),
+            'lora': 'fluent',
+            'guidance': 7.5,
         },
         {
             'label': 'style 1.0, DPM-Solver++',

@@ -34,20 +34,12 @@ def sweep(
     whatever scale, the sampler is 'lcm' and guidance 1 unless said otherwise. Raises InputError if nothing
     is to be tried, or both scales and several values of guidance.
     """
-    if scales is None and lora:
-        scales = SCALES
-    if scales and not lora:
-        raise InputError('scales of which LoRA? name it (--lora FILE)')
-    if bool(scales) == (guidance is not None and len(guidance) > 1):
-        raise InputError(
-            'try the scales of a LoRA (--lora FILE --scales ...) or several values of guidance '
-            '(--guidance ...), not both'
-        )
+    kind, values = tried(lora, scales, guidance)
     pipe = Pipeline.load(model)
     for text in also:
         file, scale = term(text)
         pipe.add_lora(file, scale=scale)
-    if scales:
+    if kind == 'scale':
         pipe.add_lora(lora)
     fixed = {'sampler': sampler, 'seed': seed}
     if any(adapter.accelerates for adapter in pipe.adapters.values()):
@@ -56,26 +48,50 @@ def sweep(
     network = open_features(clip)
     texts = network.texts(prompts)
     drawn = {}  # (value, steps) -> pictures [N]
-    for value in scales or guidance:
-        if scales:
+    for value in values:
+        if kind == 'scale':
             pipe.set_scale(Path(lora).stem, value)
-        strength = (guidance or [None])[0] if scales else value
+        by = (guidance or [None])[0] if kind == 'scale' else value
         for n in steps:
-            drawn[value, n] = pipe(prompts, steps=n, guidance=strength, **fixed)
+            drawn[value, n] = pipe(prompts, steps=n, guidance=by, **fixed)
     scores = {
         cell: metrics.cosines(network.images(pictures), texts) for cell, pictures in drawn.items()
     }
-    kind = 'scale' if scales else 'guidance'
-    columns = [f'{n} step{"s" if n > 1 else ""}' for n in steps]
-    rows = [(i, value) for i in range(len(prompts)) for value in scales or guidance]
-    picture = grid(
+    return shown(prompts, kind, values, steps, drawn, scores), table(kind, values, steps, scores)
+
+
+def tried(lora, scales, guidance):
+    """-> 'scale' or 'guidance', and the values of it that are tried."""
+    if scales and not lora:
+        raise InputError('scales of which LoRA? name it (--lora FILE)')
+    scales = SCALES if scales is None and lora else scales
+    if bool(scales) == (guidance is not None and len(guidance) > 1):
+        raise InputError(
+            'try the scales of a LoRA (--lora FILE --scales ...) or several values of guidance '
+            '(--guidance ...), not both'
+        )
+    return ('scale', scales) if scales else ('guidance', guidance)
+
+
+def titles(steps):
+    return [f'{n} step{"s" if n > 1 else ""}' for n in steps]
+
+
+def shown(prompts, kind, values, steps, drawn, scores):
+    """(value, steps) -> pictures and scores [N] -> the labelled grid."""
+    rows = [(i, value) for i in range(len(prompts)) for value in values]
+    return grid(
         [f'{prompts[i]}\n{kind} {value:g}' for i, value in rows],
-        columns,
+        titles(steps),
         [[drawn[value, n][i] for n in steps] for i, value in rows],
         notes=[[f'{scores[value, n][i]:.1f}' for n in steps] for i, value in rows],
     )
-    lines = [f'| | {" | ".join(columns)} |', '|---' * (len(steps) + 1) + '|']
-    for value in scales or guidance:
+
+
+def table(kind, values, steps, scores):
+    """(value, steps) -> scores [N] -> lines of Markdown, means over the prompts."""
+    lines = [f'| | {" | ".join(titles(steps))} |', '|---' * (len(steps) + 1) + '|']
+    for value in values:
         means = ' | '.join(f'{np.mean(scores[value, n]):.1f}' for n in steps)
         lines.append(f'| {kind} {value:g} | {means} |')
-    return picture, lines
+    return lines
