@@ -20,19 +20,19 @@ from lcm_jax import aot, loop, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.errors import InputError, choose
 from lcm_jax.export import check_name, export
-from lcm_jax.feed import Feed
+from lcm_jax.feed import Feed, known
 from lcm_jax.flags import parse
 from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
 from lcm_jax.peers import Peers, meet
 from lcm_jax.preview import Preview
-from lcm_jax.saves import Saves, on_host
+from lcm_jax.saves import Saves, flat, on_host
 from lcm_jax.step import DTYPES, program
 from lcm_jax.stop import Stop
-from lcm_jax.tree import digest
 
 NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
+OWN = 'data.threads', 'data.workers'  # settings that each process may have its own of
 STOPPED = 143  # exit status after SIGTERM, by which clusters know that the run shall go on
 
 
@@ -44,10 +44,12 @@ def run(config, workdir):
     workdir, c = Path(workdir).resolve(), config.train
     check_name(config.export.name)
     model = describe(config.model)
+    recipe = config.to_dict() | {'weights': model.marks(model.specs)}
+    sharding.alike('settings', {k: x for k, x in flat(recipe).items() if k not in OWN})
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
     feed = Feed(model, config, mesh, workdir)
-    recipe = config.to_dict() | {'weights': model.marks(model.specs), 'samples': known(feed.source)}
+    recipe |= {'samples': known(feed.source)}
     with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
         there = place(model, prog, config, mesh, feed.sizes[0])
@@ -92,12 +94,6 @@ def run(config, workdir):
             file = out.export(config.export.name, state)
             sharding.wait('exported')  # JAX lets no process end long before the others
             return file
-
-
-def known(source):
-    """What the order of a source's samples depends on -> their number and a digest of their names."""
-    names = [source.sample_name(i) for i in range(len(source))]
-    return {'number': len(names), 'names': digest({}, names)}
 
 
 class There(NamedTuple):
