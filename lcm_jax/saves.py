@@ -1,5 +1,6 @@
 """Checkpoints of a run: written beside the training, whole or not at all, restored on any mesh."""
 
+import contextlib
 import logging
 import math
 import time
@@ -103,9 +104,12 @@ class Saves:
         return self
 
     def __exit__(self, kind, *_):
-        if kind in (None, Stopped) or jax.process_count() == 1:  # else nobody would wait with us
+        if kind in (None, Stopped) or jax.process_count() == 1:
             self.manager.wait_until_finished()
             self.manager.close()
+            return
+        with contextlib.suppress(Exception):  # the error that ends the run is the one to be told
+            self.manager.wait_until_finished()  # the others' threads write on: `Peers` ends them later
 
     def _rank(self, metrics):
         """The higher, the better; without the metric, or where it is not a number, the lowest."""

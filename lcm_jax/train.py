@@ -91,7 +91,7 @@ def run(config, workdir):
                 label=config.objective,
             )
             feed.close()
-            file = out.export(config.export.name, state)
+            file = out.export(config.export.name, on_host(out.chosen(state)))
             sharding.wait('exported')  # JAX lets no process end long before the others
             return file
 
@@ -209,7 +209,7 @@ class Outputs:
         return state.ema if self.config.export.weights == 'ema' else state.params
 
     def on_save(self, i, state, frozen):
-        """-> metrics. Exports what is the best so far."""
+        """-> metrics, write(): of the pictures, the metrics, and what is the best so far."""
         chosen = self.chosen(state)
         picture, metrics = self.preview(chosen, frozen)
         if self.held:
@@ -218,15 +218,18 @@ class Outputs:
                 for j, batch in enumerate(self.held)
             ]
             metrics['validation'] = float(np.mean([np.asarray(x) for x in losses]))
-        self.writer.picture(i, 'preview', picture)
-        self.writer.scalars(i, metrics)
-        if self.saves.improves(metrics):
-            self.export(f'{self.config.export.name}_best', state)
-        return metrics
+        best = on_host(chosen) if self.saves.improves(metrics) else None
 
-    def export(self, name, state):
-        """-> path, written by the first process."""
-        trained = on_host(self.chosen(state))
+        def write():
+            self.writer.picture(i, 'preview', picture)
+            self.writer.scalars(i, metrics)
+            if best is not None:
+                self.export(f'{self.config.export.name}_best', best)
+
+        return metrics, write
+
+    def export(self, name, trained):
+        """Arrays of `on_host` -> path, written by the first process."""
         if jax.process_index():
             return None
         out = export(self.workdir / name, trained, self.model, self.prog.student, self.config)
