@@ -165,11 +165,40 @@ def test_what_a_checkpoint_does_not_say_of_weights_and_samples_may_be_anything(f
             kept.restore(ABSTRACT)
 
 
+NEW = RECIPE | {'preview': {'prompts': ('a cat',)}}
+
+
+def steps(folder):
+    return sorted(int(p.name) for p in folder.iterdir())
+
+
 def test_the_best_is_of_pictures_that_were_drawn_alike(folder):
-    for prompts, best in (((), 0.5), (('a cat',), np.inf)):
-        preview = {'preview': {'prompts': prompts}}
-        with Saves(folder, RECIPE | (preview if prompts else {}), best='distance') as kept:
-            assert kept.best == best
+    """A checkpoint whose pictures were drawn otherwise is no longer kept as the best."""
+    with saves(folder) as kept:
+        assert kept.best == 0.5
+    with Saves(folder, NEW, best='distance') as kept:
+        assert kept.best == np.inf
+        for step, distance in ((3, 0.8), (4, 0.9), (5, 0.9), (6, 0.9)):
+            assert kept.improves({'distance': distance}) == (step == 3)
+            kept.save(step, state(step), {'distance': distance})
+    assert steps(folder) == [3, 5, 6]
+    with Saves(folder, NEW, best='distance') as kept:
+        assert kept.best == 0.8
+
+
+def test_a_loss_does_not_depend_on_the_pictures(tmp_path):
+    for recipe in (RECIPE, NEW):
+        with Saves(tmp_path, recipe, keep=1, best='validation') as kept:
+            for step in (1, 2) if recipe is RECIPE else (3, 4):
+                kept.save(step, state(step), {'validation': step})
+    assert steps(tmp_path) == [1, 4]
+
+
+def test_none_is_the_best_without_a_metric(tmp_path):
+    with Saves(tmp_path, RECIPE, keep=1, best='distance') as kept:
+        for step, metrics in enumerate(({}, {'distance': np.nan}, {'distance': 1.0}, {}, {})):
+            kept.save(step, state(step), metrics)
+    assert steps(tmp_path) == [2, 4]
 
 
 def trained(saves, on_save, place=lambda x: x):
