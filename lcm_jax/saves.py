@@ -99,9 +99,7 @@ class Saves:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep_policy.AnyPreservationPolicy(policies),
-                best_fn=(lambda metrics: 0.0)
-                if best
-                else None,  # else metrics would not be written
+                best_fn=(lambda _: 0.0) if best else None,  # without it metrics are not written
                 cleanup_tmp_directories=True,
             ),
             item_handlers={
