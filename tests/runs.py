@@ -107,9 +107,7 @@ def start(model, workdir, settings=(), devices=1, more=(), log=None, lost=None, 
     return process
 
 
-def start_several(
-    model, workdir, settings=(), processes=2, devices=4, lost=None, folders=(None, None)
-):
+def start_several(model, workdir, settings=(), processes=2, devices=4, lost=None, folders=None):
     """Start one run in several processes -> [Popen]. folders: where each is started."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -123,7 +121,7 @@ def start_several(
             (f'--coordinator=127.0.0.1:{port}', f'--processes={processes}', f'--process={i}'),
             f'{workdir}.{i}.log',
             lost,
-            folders[i],
+            folders and folders[i],
         )
         for i in range(processes)
     ]
