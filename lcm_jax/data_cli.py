@@ -61,7 +61,9 @@ def cache(args):
             f'--process {args.process} of --processes {args.processes}: counted from 0'
         )
     if remote(args.out):
-        raise InputError(f'{args.out}: caches are written and read by path: give a local folder')
+        raise InputError(
+            f'{args.out}: caches are written by path: give a local folder, and copy it'
+        )
     said = settings(args)
     source = open_source(args.source, said)
     for line in source.left_out():

@@ -90,7 +90,7 @@ class Bench:
     def row(self, cell):
         """-> the cell's row of the results; the reference's is asked for before the others'."""
         made, stem = self.made_of(cell), self.folder / slug(cell.name)
-        row = known(stem.with_name(f'{stem.name}.json'), made)
+        row = kept_row(stem.with_name(f'{stem.name}.json'), made)
         kept = stem.with_name(f'{stem.name}-{self.process}of{self.processes}.npz')
         is_reference = cell == self.reference
         lacks = row is None or (is_reference and kept_pictures(kept, made) is None)
@@ -157,7 +157,7 @@ def kept_pictures(file, made):
         return None
 
 
-def known(file, made):
+def kept_row(file, made):
     """The row that was measured before, unless it was of something else."""
     try:
         row = json.loads(file.read_text())

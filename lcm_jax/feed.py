@@ -18,6 +18,7 @@ from lcm_jax.encode import encoder
 from lcm_jax.errors import InputError
 from lcm_jax.logs import say
 from lcm_jax.step import DTYPES
+from lcm_jax.tree import digest
 
 MADE_OF = 'made_of.json'  # in a cache's folder
 HOW = ('source', 'threads', 'workers', 'max_dropped')  # what it does not depend on
@@ -47,11 +48,11 @@ def check_dtype(source, dtype):
             )
 
 
-def told(source):
-    """Say what a source leaves out -> the source."""
-    for line in source.left_out():
-        say(f'{source.name}: {line}')
-    return source
+def identity(source):
+    """What the order of a source's samples depends on -> their number, digests of names and sizes."""
+    names = [source.sample_name(i) for i in range(len(source))]
+    sizes = digest({'sizes': source.sizes})
+    return {'number': len(names), 'names': digest({}, names), 'sizes': sizes}
 
 
 class Feed:
@@ -64,25 +65,36 @@ class Feed:
         self.home, self.batch = sharding.batch_sharding(mesh), config.train.batch
         self.rows = sharding.local_rows(self.home, self.batch)
         self.tokenizers = model.tokenizers()
-        self.source = self.open(config.data.source, Path(workdir) / 'cache')
-        held = config.data.validation
-        self.held = held and self.open(held, Path(workdir) / 'validation')
+        self.source = self.open('source', Path(workdir) / 'cache')
+        self.held = config.data.validation and self.open('validation', Path(workdir) / 'validation')
         self.loader = self.load(self.source, 0)
         self.sizes = self.loader.shapes  # (height, width) px of each bucket
 
-    def open(self, name, folder):
-        """A source's name -> the Source to read, encoded into `folder` if that is asked for."""
+    def open(self, key, folder):
+        """The Source to read that data.`key` names, encoded into `folder` if that is asked for."""
+        name = self.config.data[key]
         if not self.config.data.cache or name.startswith('cache:'):
-            source = told(open_source(name, self.settings, self.config.model))
+            source = self.look(key, name)
             check_dtype(source, self.config.dtype)
             return source
         made_of = self.made_of(name)
         check_made_of(folder / MADE_OF, made_of)
         if not complete(folder):
             sharding.wait('cache')  # all look before one writes
-            self.fill(told(open_source(name, self.settings)), folder, made_of)
+            self.fill(self.look(key, name), folder, made_of)
             sharding.wait('cache filled')
-        return told(open_source(f'cache:{folder}', self.settings, self.config.model))
+        return self.look(key, f'cache:{folder}')
+
+    def look(self, key, name):
+        """Open a source of data.`key`, and say what it leaves out -> Source.
+
+        InputError also unless all processes find the same samples in it.
+        """
+        source = open_source(name, self.settings, self.config.model)
+        for line in source.left_out():
+            say(f'{source.name}: {line}')
+        sharding.alike(f'data.{key} {name}', identity(source))
+        return source
 
     def made_of(self, name):
         """All that a cache depends on -> {key of the config: value}.

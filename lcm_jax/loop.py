@@ -15,6 +15,7 @@ import optax
 from tqdm import tqdm
 
 from lcm_jax.errors import InputError
+from lcm_jax.peers import all_come
 
 
 class State(NamedTuple):
@@ -129,14 +130,27 @@ class Watch:
             )
 
 
-def told(on_save, i, state, saves):
-    """on_save(i, state) -> metrics; should it fail, the state is saved without them first."""
+def nothing(i, state):
+    """An on_save, see `fit`, that measures and writes nothing."""
+    return {}, lambda: None
+
+
+def save(i, state, saves, on_save):
+    """Save the state with the metrics of on_save, see `fit`; should that fail, without them, and raise.
+
+    It is lost only where one of several processes fails alone in what they do together: the others
+    wait for it there, and cannot save.
+    """
+    together = True
     try:
-        return on_save(i, state)
+        metrics, write = on_save(i, state)
+        together = False
+        write()
     except Exception:
-        if jax.process_count() == 1:  # else the others may not come to save it
+        if not together or all_come(f'on_save has failed at step {i}'):
             saves.save(i, state, {})
         raise
+    saves.save(i, state, metrics)
 
 
 def fit(
@@ -153,14 +167,15 @@ def fit(
     log_every,
     stop=lambda step: False,
     max_skipped=10,
-    on_save=None,
+    on_save=nothing,
     label='train',
 ):
     """Run `step` from the state's own step until `steps` -> State.
 
     step: compiled, (state, frozen, batch, key) -> (state, metrics). batches(i) -> iterator of
     (batch, names of its samples) from step i on. saves: a `saves.Saves`; on_save(i, state) -> metrics
-    that go with the checkpoint. log(i, metrics, seconds, waited) gets the means of `log_every`
+    that go with the checkpoint, which all processes find together, and write(), which each then calls
+    for itself. log(i, metrics, seconds, waited) gets the means of `log_every`
     steps: seconds of one, and its part spent waiting for data. stop(i): whether to save, and raise
     Stopped. Raises InputError if more than `max_skipped` steps in a row are not finite.
     """
@@ -185,7 +200,7 @@ def fit(
             stopping, due = stop(i), i % save_every == 0 or i == steps
             if due or stopping:
                 watch.wait()
-                saves.save(i, state, told(on_save, i, state, saves) if on_save and due else {})
+                save(i, state, saves, on_save if due else nothing)
                 began, waited, since = time.perf_counter(), 0.0, i
             if i == steps:
                 return state

@@ -31,10 +31,22 @@ def store():
     return global_state.client if jax.process_count() > 1 else None
 
 
-def meet(name, hours=2):
-    """Until all processes have come here, without a collective of their devices; once for each name."""
+def meet(name, seconds=7200.0):
+    """Until all processes have come here, without a collective of their devices; once for each name.
+
+    Raises jax.errors.JaxRuntimeError when one of them has not come in that time.
+    """
     if store():
-        store().wait_at_barrier(f'lcm_jax/{name}', int(hours * 3_600_000))
+        store().wait_at_barrier(f'lcm_jax/{name}', int(1000 * seconds))
+
+
+def all_come(name):
+    """`meet`, but not for long -> whether all have come."""
+    try:
+        meet(name, LOST)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def on_abort(handler):

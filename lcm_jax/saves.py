@@ -1,5 +1,6 @@
 """Checkpoints of a run: written beside the training, whole or not at all, restored on any mesh."""
 
+import contextlib
 import logging
 import math
 import time
@@ -64,6 +65,18 @@ def set_aside(folder):
         say(f'{step} is damaged: {faults[step]}; it is left out, as {aside.name}')
 
 
+class Best(keep_policy.PreservationPolicy):
+    """Keeps the checkpoint of the lowest value(step, metrics), the first of several; none of inf."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def should_preserve(self, checkpoints, *, context):
+        values = {x.step: self.value(x.step, x.metrics) for x in checkpoints}
+        best = min(values, key=values.get, default=None)
+        return [x.step == best and values[best] < math.inf for x in checkpoints]
+
+
 class Saves:
     """The checkpoints in a folder: the newest `keep`, and the best by the metric `best`, if any.
 
@@ -74,22 +87,19 @@ class Saves:
 
     def __init__(self, folder, recipe, *, keep=2, best=''):
         self.folder, self.recipe, self.metric = Path(folder).resolve(), flat(recipe), best
+        self.strange = set()  # steps whose metrics are not comparable with those of now
         if jax.process_index() == 0:
             set_aside(self.folder)
         meet('checkpoints')  # the others look after that
         policies = [keep_policy.LatestN(keep)]
         if best:
-            policies.append(
-                keep_policy.BestN(
-                    get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False
-                )
-            )
+            policies.append(Best(self._value))
         logging.getLogger('absl').setLevel(logging.ERROR)  # a page for every checkpoint
         self.manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep_policy.AnyPreservationPolicy(policies),
-                best_fn=self._rank if best else None,  # else metrics would not be written
+                best_fn=(lambda _: 0.0) if best else None,  # without it metrics are not written
                 cleanup_tmp_directories=True,
             ),
             item_handlers={
@@ -97,30 +107,31 @@ class Saves:
                 'recipe': ocp.JsonCheckpointHandler(),
             },
         )
-        self.best = self._best_so_far()
+        steps = self.manager.all_steps()
+        self.strange = {step for step in steps if not self._measured_alike(step)}
+        self.best = min((self._value(i, self.manager.metrics(i)) for i in steps), default=math.inf)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        if kind in (None, Stopped) or jax.process_count() == 1:  # else nobody would wait with us
+        if kind in (None, Stopped) or jax.process_count() == 1:
             self.manager.wait_until_finished()
             self.manager.close()
+            return
+        with contextlib.suppress(Exception):  # the error that ends the run is the one to be told
+            self.manager.wait_until_finished()  # the others' threads write on: `Peers` ends them later
 
-    def _rank(self, metrics):
-        """The higher, the better; without the metric, or where it is not a number, the lowest."""
-        value = metrics.get(self.metric, math.nan)
-        return -math.inf if math.isnan(value) else -value
+    def _value(self, step, metrics):
+        """The lower, the better; inf without the metric, or where it is not a number or not comparable."""
+        value = math.inf if step in self.strange else (metrics or {}).get(self.metric, math.inf)
+        return math.inf if math.isnan(value) else value
 
-    def _best_so_far(self):
-        """Of the checkpoints whose pictures were drawn with the settings of now."""
-        steps = (step for step in self.manager.all_steps() if self._drawn_alike(step))
-        found = (self.manager.metrics(step) or {} for step in steps)
-        return min((-self._rank(m) for m in found), default=math.inf)
-
-    def _drawn_alike(self, step):
+    def _measured_alike(self, step):
+        """Whether a checkpoint's metric was found with the settings of now: preview.* may have changed."""
         before, now = self._recipe_of(step), self.recipe
-        return all(before.get(k) == now[k] for k in now if k.startswith('preview.'))
+        keys = (k for k in now if k.startswith('preview.') and self.metric != 'validation')
+        return all(before.get(k) == now[k] for k in keys)
 
     def _recipe_of(self, step):
         args = ocp.args.Composite(recipe=ocp.args.JsonRestore())
@@ -170,7 +181,7 @@ class Saves:
 
     def improves(self, metrics):
         """Whether these metrics are the best so far; they are then."""
-        value = -self._rank(metrics)
+        value = self._value(None, metrics)
         better = value < self.best
         self.best = min(self.best, value)
         return better

@@ -1,5 +1,6 @@
 """Where arrays lie: a mesh of devices, path rules -> shardings, and each process's part of a batch."""
 
+import json
 import math
 import os
 
@@ -9,6 +10,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lcm_jax.errors import InputError
+from lcm_jax.peers import meet
 from lcm_jax.tree import first_match, map_named
 
 AXES = 'data', 'fsdp', 'tensor'
@@ -239,3 +241,30 @@ def gathered(blob):
     padded[: len(blob)] = np.frombuffer(blob, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [row[:n].tobytes() for row, n in zip(rows, sizes, strict=True)]
+
+
+def alike(what, said):
+    """InputError, in all processes, unless they say the same of `what`; asked once for each.
+
+    said: {name: value, as JSON has it}, of this process.
+    """
+    meet(f'alike: {what}')  # a collective may wait for 30 s only (on CPUs)
+    told = [json.loads(blob) for blob in gathered(json.dumps(said).encode())]
+    lines = []
+    for name in dict.fromkeys(name for one in told for name in one):
+        groups = {}
+        for process, one in enumerate(told):
+            groups.setdefault(repr(one.get(name)), []).append(process)
+        if len(groups) > 1:
+            lines.append(f'{name} = ' + ', '.join(f'{x} {_in(ids)}' for x, ids in groups.items()))
+    if lines:
+        raise InputError(
+            f'{what}: not the same in all processes: {"; ".join(lines[:3])}; start all of them with '
+            'the same settings, model and data'
+        )
+
+
+def _in(processes, most=4):
+    """[number of a process] -> 'in process 3', 'in processes 0, 1, 2, 4 and 11 more'."""
+    more = f' and {len(processes) - most} more' if len(processes) > most else ''
+    return f'in process{"es" * (len(processes) > 1)} {", ".join(map(str, processes[:most]))}{more}'

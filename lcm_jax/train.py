@@ -20,18 +20,18 @@ from lcm_jax import aot, flags, loop, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.errors import choose
 from lcm_jax.export import check_name, export
-from lcm_jax.feed import Feed
+from lcm_jax.feed import Feed, identity
 from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
 from lcm_jax.peers import Peers, meet
 from lcm_jax.preview import Preview
-from lcm_jax.saves import Saves, on_host
+from lcm_jax.saves import Saves, flat, on_host
 from lcm_jax.step import DTYPES, program
 from lcm_jax.stop import Stop
-from lcm_jax.tree import digest
 
 NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
+OWN = 'data.threads', 'data.workers'  # settings that each process may have its own of
 STOPPED = 143  # exit status after SIGTERM, by which clusters know that the run shall go on
 
 
@@ -43,10 +43,12 @@ def run(config, workdir):
     workdir, c = Path(workdir).resolve(), config.train
     check_name(config.export.name)
     model = describe(config.model)
+    recipe = config.to_dict() | {'weights': model.marks(model.specs)}
+    sharding.alike('settings', {k: x for k, x in flat(recipe).items() if k not in OWN})
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
     feed = Feed(model, config, mesh, workdir)
-    recipe = config.to_dict() | {'weights': model.marks(model.specs), 'samples': known(feed.source)}
+    recipe |= {'samples': identity(feed.source)}
     with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
         there = place(model, prog, config, mesh, feed.sizes[0])
@@ -88,15 +90,9 @@ def run(config, workdir):
                 label=config.objective,
             )
             feed.close()
-            file = out.export(config.export.name, state)
+            file = out.export(config.export.name, on_host(out.chosen(state)))
             sharding.wait('exported')  # JAX lets no process end long before the others
             return file
-
-
-def known(source):
-    """What the order of a source's samples depends on -> their number and a digest of their names."""
-    names = [source.sample_name(i) for i in range(len(source))]
-    return {'number': len(names), 'names': digest({}, names)}
 
 
 class There(NamedTuple):
@@ -212,7 +208,7 @@ class Outputs:
         return state.ema if self.config.export.weights == 'ema' else state.params
 
     def on_save(self, i, state, frozen):
-        """-> metrics. Exports what is the best so far."""
+        """-> metrics, write(): of the pictures, the metrics, and what is the best so far."""
         chosen = self.chosen(state)
         picture, metrics = self.preview(chosen, frozen)
         if self.held:
@@ -221,15 +217,18 @@ class Outputs:
                 for j, batch in enumerate(self.held)
             ]
             metrics['validation'] = float(np.mean([np.asarray(x) for x in losses]))
-        self.writer.picture(i, 'preview', picture)
-        self.writer.scalars(i, metrics)
-        if self.saves.improves(metrics):
-            self.export(f'{self.config.export.name}_best', state)
-        return metrics
+        best = on_host(chosen) if self.saves.improves(metrics) else None
 
-    def export(self, name, state):
-        """-> path, written by the first process."""
-        trained = on_host(self.chosen(state))
+        def write():
+            self.writer.picture(i, 'preview', picture)
+            self.writer.scalars(i, metrics)
+            if best is not None:
+                self.export(f'{self.config.export.name}_best', best)
+
+        return metrics, write
+
+    def export(self, name, trained):
+        """Arrays of `on_host` -> path, written by the first process."""
         if jax.process_index():
             return None
         out = export(self.workdir / name, trained, self.model, self.prog.student, self.config)

@@ -83,10 +83,11 @@ def run(model, workdir, **settings):
     return train.run(config, workdir)
 
 
-def start(model, workdir, settings=(), devices=1, more=(), log=None, lost=None):
+def start(model, workdir, settings=(), devices=1, more=(), log=None, lost=None, folder=None):
     """Start a run in a process of its own -> Popen.
 
-    log: the file for what it prints; lost: seconds until a silent process is given up.
+    log: the file for what it prints; lost: seconds until a silent process is given up; folder: where it
+    is started.
     """
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
@@ -100,15 +101,14 @@ def start(model, workdir, settings=(), devices=1, more=(), log=None, lost=None):
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'a') as out:
         process = subprocess.Popen(
-            command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=log.parent
+            command, env=environment, stdout=out, stderr=subprocess.STDOUT, cwd=folder or log.parent
         )
     process.log = log
     return process
 
 
-def start_several(model, workdir, settings=(), processes=2, devices=4, lost=None):
-    """Start one run in several processes -> [Popen]. settings: of all, or a list, one for each."""
-    each = settings if isinstance(settings, list) else [settings] * processes
+def start_several(model, workdir, settings=(), processes=2, devices=4, lost=None, folders=None):
+    """Start one run in several processes -> [Popen]. folders: where each is started."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
@@ -116,11 +116,12 @@ def start_several(model, workdir, settings=(), processes=2, devices=4, lost=None
         start(
             model,
             workdir,
-            each[i],
+            settings,
             devices,
             (f'--coordinator=127.0.0.1:{port}', f'--processes={processes}', f'--process={i}'),
             f'{workdir}.{i}.log',
             lost,
+            folders and folders[i],
         )
         for i in range(processes)
     ]

@@ -131,6 +131,37 @@ def test_a_remote_file_that_fails_is_not_taken_for_a_cut_one(tmp_path, monkeypat
         source.read(0)
 
 
+@pytest.mark.parametrize('at', ['opened', 'read'])
+def test_remote_array_records_that_fail_are_not_taken_for_cut_ones(monkeypatch, at):
+    """As tars; the library gives errors of one kind for all."""
+    url, files = 'gs://bucket/x.array_record', [example(image=encoded(), text=b'one')]
+
+    class Failing(list):
+        def __getitem__(self, i):
+            raise RuntimeError('503')
+
+    def failing(path):
+        if at == 'opened':
+            raise RuntimeError('503')
+        return Failing(files)
+
+    monkeypatch.setattr(records, 'reader', lambda path: files)
+    assert records.index_array_record(url, 'txt').names == ['00000000']
+    monkeypatch.setattr(records, 'reader', failing)
+    with pytest.raises(InputError, match=f'cannot read {url}: 503'):
+        records.index_array_record(url, 'txt')
+    with pytest.raises(Broken, match=r'record cannot be read.*503'):
+        records.fetch_array_record(url, [0], 'txt')
+
+
+def test_array_records_at_an_address_that_is_not_read():
+    url = 'memory://bucket/x.array_record'
+    with fsspec.open(url, 'wb') as out:
+        out.write(b'x')
+    with pytest.raises(InputError, match=f'{url}: array_record files are read here or at gs://'):
+        open_source(f'array_record:{url}', BORNE)
+
+
 @pytest.mark.parametrize('pattern', ['memory://bucket/a.tar', 'memory://bucket/*.tar'])
 def test_a_store_that_cannot_be_asked(monkeypatch, pattern):
     def fail(*args, **kw):

@@ -3,11 +3,15 @@
 import dataclasses
 import json
 
+import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from sets import encoded, noise, sample, tar_of
 
+from lcm_jax.data import cache, records
 from lcm_jax.data.cache import Writer
 from lcm_jax.data.cache_fill import write_cache
 from lcm_jax.data.loader import loader
@@ -80,6 +84,51 @@ def test_a_cache_that_was_interrupted_does_not_look_complete(tmp_path, tokenizer
         open_source(f'cache:{tmp_path}/d', SETTINGS)
     with pytest.raises(InputError, match='no complete cache; it has nothing'):
         open_source(f'cache:{tmp_path}/e', SETTINGS)
+
+
+class Bucket(MemoryFileSystem):
+    """Stands for gs://."""
+
+    protocol, store, pseudo_dirs = 'gs', {}, ['']
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix('gs://'))
+
+
+def test_a_cache_elsewhere(tmp_path, tokenizers, monkeypatch):
+    """Copied there; its records are read by the array_record library, which knows gs://."""
+    write(tmp_path / 'c', open_source('synthetic:9', SETTINGS), tokenizers)
+    here = open_source(f'cache:{tmp_path}/c', SETTINGS)
+    monkeypatch.setitem(_registry, 'gs', Bucket)
+    monkeypatch.setattr(
+        cache, 'reader', lambda url: records.reader(url.replace('gs://bucket', str(tmp_path)))
+    )
+    with pytest.raises(InputError, match='cache:gs://bucket/c: no complete cache; it has nothing'):
+        open_source('cache:gs://bucket/c', SETTINGS)
+    for file in (tmp_path / 'c').iterdir():
+        with fsspec.open(f'gs://bucket/c/{file.name}', 'wb') as out:
+            out.write(file.read_bytes())
+    there = open_source('cache:gs://bucket/c/', SETTINGS)
+    for i in range(9):
+        assert there.sample_name(i) == here.sample_name(i) and there.size(i) == here.size(i)
+        for key, x in here.read(i).items():
+            assert np.array_equal(there.read(i)[key], x)
+    with fsspec.open('gs://bucket/c/part-00000-of-00001.npz', 'wb') as out:
+        out.write(b'PK cut')
+    with pytest.raises(InputError, match=r'cannot read gs://bucket/c/part-00000-of-00001\.npz: '):
+        open_source('cache:gs://bucket/c', SETTINGS)
+    with pytest.raises(InputError, match='s3://b/c: array_record files are read here or at gs://'):
+        open_source('cache:s3://b/c', SETTINGS)
+
+
+def test_a_damaged_index_is_named(tmp_path, tokenizers):
+    write(tmp_path / 'c', open_source('synthetic:9', SETTINGS), tokenizers)
+    for suffix in ('npz', 'json'):
+        file = tmp_path / 'c' / f'part-00000-of-00001.{suffix}'
+        file.write_bytes(file.read_bytes()[:40])
+        with pytest.raises(InputError, match=f'cannot read {file}: '):
+            open_source(f'cache:{tmp_path}/c', SETTINGS)
 
 
 def test_a_cache_of_something_else_is_refused(tmp_path, tokenizers):

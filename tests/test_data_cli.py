@@ -80,7 +80,7 @@ def test_check_reads_some_or_all(capsys):
 def test_bad_input_is_one_line(tmp_path):
     tar = tar_of(tmp_path / 'x.tar', sample('1'))
     for arguments, said in (
-        (['cache', 'synthetic:9', 'gs://b/c'], 'gs://b/c: caches are written and read by path'),
+        (['cache', 'synthetic:9', 'gs://b/c'], 'gs://b/c: caches are written by path'),
         (['check', 'synthetic:0'], 'error: synthetic:0: write synthetic:N'),
         (['check', 'synthetic:9', '--resolution', '13'], 'error: data.resolution = 13: must be a'),
         (['check', f'wds:{tar}', '--min-size', '64'], 'drop all 1: 1 outside min_size = 64'),

@@ -352,7 +352,7 @@ def test_both_sets_are_opened_before_one_is_measured(monkeypatch):
 def test_what_a_killed_evaluation_left_is_measured_again(tmp_path, broken):
     file = tmp_path / 'cell'
     file.write_bytes(broken)
-    assert evaluate.kept_pictures(file, {}) is None and evaluate.known(file, {}) is None
+    assert evaluate.kept_pictures(file, {}) is None and evaluate.kept_row(file, {}) is None
 
 
 def test_pictures_of_any_size_are_measured(tmp_path):

@@ -14,8 +14,8 @@ LAYERS = [
     line.split()
     for line in """
     errors original aot
-    tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics
-    grid stop loop peers logs orbax_io models.flash
+    tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics peers
+    grid stop loop logs orbax_io models.flash
     data.files saves report models.attention
     data.tars flags
     data.emoji data.folders

@@ -1,7 +1,11 @@
 """Checkpoints that are damaged, and runs that go on with other settings; without training."""
 
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from lcm_jax import loop
+from lcm_jax import loop, sharding
 from lcm_jax.errors import InputError
+from lcm_jax.peers import Peers
 from lcm_jax.saves import Saves
 
 HOME = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -160,25 +165,107 @@ def test_what_a_checkpoint_does_not_say_of_weights_and_samples_may_be_anything(f
             kept.restore(ABSTRACT)
 
 
+NEW = RECIPE | {'preview': {'prompts': ('a cat',)}}
+
+
+def steps(folder):
+    return sorted(int(p.name) for p in folder.iterdir())
+
+
 def test_the_best_is_of_pictures_that_were_drawn_alike(folder):
-    for prompts, best in (((), 0.5), (('a cat',), np.inf)):
-        preview = {'preview': {'prompts': prompts}}
-        with Saves(folder, RECIPE | (preview if prompts else {}), best='distance') as kept:
-            assert kept.best == best
+    """A checkpoint whose pictures were drawn otherwise is no longer kept as the best."""
+    with saves(folder) as kept:
+        assert kept.best == 0.5
+    with Saves(folder, NEW, best='distance') as kept:
+        assert kept.best == np.inf
+        for step, distance in ((3, 0.8), (4, 0.9), (5, 0.9), (6, 0.9)):
+            assert kept.improves({'distance': distance}) == (step == 3)
+            kept.save(step, state(step), {'distance': distance})
+    assert steps(folder) == [3, 5, 6]
+    with Saves(folder, NEW, best='distance') as kept:
+        assert kept.best == 0.8
 
 
-def test_an_error_in_a_preview_loses_no_steps(tmp_path):
+def test_a_loss_does_not_depend_on_the_pictures(tmp_path):
+    for recipe in (RECIPE, NEW):
+        with Saves(tmp_path, recipe, keep=1, best='validation') as kept:
+            for step in (1, 2) if recipe is RECIPE else (3, 4):
+                kept.save(step, state(step), {'validation': step})
+    assert steps(tmp_path) == [1, 4]
+
+
+def test_none_is_the_best_without_a_metric(tmp_path):
+    with Saves(tmp_path, RECIPE, keep=1, best='distance') as kept:
+        for step, metrics in enumerate(({}, {'distance': np.nan}, {'distance': 1.0}, {}, {})):
+            kept.save(step, state(step), metrics)
+    assert steps(tmp_path) == [2, 4]
+
+
+def trained(saves, on_save, place=lambda x: x):
+    """Steps 6 to 9 of a run, saved after 7 and 9."""
+
     def step(state, frozen, batch, key):
         return state._replace(step=state.step + 1), {'loss': 0.0, 'grad_norm': 0.0, 'finite': True}
 
-    def fails(i, state):
-        raise OSError('disk full')
+    loop.fit(
+        step, jax.tree.map(place, state(0)._replace(step=jnp.int32(5))), None,
+        lambda i: iter([(None, ['a'])] * 4), None, steps=9, saves=saves, log=print, save_every=7,
+        log_every=9, on_save=on_save,
+    )  # fmt: skip
 
+
+def full(*_):
+    raise OSError('disk full')
+
+
+@pytest.mark.parametrize('on_save', [full, lambda i, state: ({'distance': 0.5}, full)])
+def test_an_error_in_a_preview_loses_no_steps(tmp_path, on_save):
+    """Drawn or written; it does not count as a best one."""
     folder = tmp_path / 'checkpoints'
     with pytest.raises(OSError, match='disk full'), saves(folder) as kept:
-        loop.fit(
-            step, state(0)._replace(step=jnp.int32(5)), None, lambda i: iter([(None, ['a'])] * 3),
-            None, steps=9, saves=kept, log=print, save_every=7, log_every=9, on_save=fails,
-        )  # fmt: skip
+        trained(kept, on_save)
     with saves(folder) as kept:
+        assert int(kept.restore(ABSTRACT).step) == 7 and kept.best == np.inf
+
+
+def test_what_others_do_not_come_to_save_is_not_waited_for(tmp_path, monkeypatch):
+    """They wait in what the process that failed has left."""
+    monkeypatch.setattr(loop, 'all_come', lambda name: False)
+    with pytest.raises(OSError, match='disk full'), saves(tmp_path / 'checkpoints') as kept:
+        trained(kept, full)
+    with saves(tmp_path / 'checkpoints') as kept:
+        assert kept.step is None
+
+
+SECOND = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+import test_saves
+test_saves.process(sys.argv[3])
+"""
+
+
+def process(folder):
+    """One of two, of which the first cannot write its pictures."""
+    home = sharding.replicated(sharding.make_mesh())
+    mine = loop.nothing if jax.process_index() else lambda i, state: ({}, full)
+    with Peers(), saves(folder) as kept:
+        trained(kept, mine, lambda x: sharding.put(x, home))
+
+
+def test_an_error_in_one_of_two_processes_loses_no_steps(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        address = f'127.0.0.1:{s.getsockname()[1]}'
+    command = [sys.executable, '-c', SECOND, address]
+    env = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(sys.path)}
+    pair = [
+        subprocess.Popen([*command, str(i), tmp_path], env=env, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    said = [p.communicate(timeout=300)[1] for p in pair]
+    assert [p.returncode for p in pair] == [1, 1], said
+    assert said[1].endswith('error: OSError: disk full (in process 0; this is 1)\n')
+    with saves(tmp_path) as kept:
         assert int(kept.restore(ABSTRACT).step) == 7

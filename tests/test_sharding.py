@@ -1,5 +1,6 @@
 """Mesh, rules and batches, on eight devices that one CPU stands in for."""
 
+import json
 import os
 import subprocess
 import sys
@@ -155,6 +156,29 @@ def test_start_distributed(monkeypatch):
     monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
     sharding.start_distributed()
     assert calls == [('a:1', 2, 1), (), ()]
+
+
+def test_what_all_processes_must_have_alike(monkeypatch):
+    def others(*said):
+        rows = [json.dumps(x).encode() for x in said]
+        monkeypatch.setattr(sharding, 'gathered', lambda blob: [blob, *rows])
+
+    mine = {'train.lr': 0.1, 'data.seed': 0, 'preview.prompts': ('a', 'b')}
+    others(mine, mine)
+    sharding.alike('settings', mine)
+    others(mine, mine | {'data.seed': 1}, mine, *5 * [mine | {'train.lr': 0.2}])
+    with pytest.raises(InputError) as e:
+        sharding.alike('settings', mine)
+    assert str(e.value).startswith(
+        'settings: not the same in all processes: '
+        'train.lr = 0.1 in processes 0, 1, 2, 3, 0.2 in processes 4, 5, 6, 7 and 1 more; '
+        'data.seed = 0 in processes 0, 1, 3, 4 and 4 more, 1 in process 2; start all'
+    )
+    others({'data.seed': 0})
+    with pytest.raises(
+        InputError, match=r'train\.lr = 0\.1 in process 0, None in process 1; preview'
+    ):
+        sharding.alike('settings', mine)
 
 
 if __name__ == '__main__':

@@ -59,16 +59,30 @@ def test_from_the_cache_as_from_pixels(model, alone, tmp_path):
 
 
 def test_an_error_in_one_process_ends_all(model, tmp_path):
-    """Process 1 finds its pictures cut short, while process 0 waits for it in the first step."""
-    settings = []
-    for name, length in (('good', None), ('bad', 60)):
-        (tmp_path / name).mkdir()
+    """Process 1 finds its pictures cut short, while process 0 waits for it in the first step.
+
+    Then it lacks one: the two would train on different samples.
+    """
+    folders = tmp_path / 'good', tmp_path / 'bad'
+    for folder, length in zip(folders, (None, 60), strict=True):
+        (folder / 'set').mkdir(parents=True)
         for i in range(8):
-            (tmp_path / name / f'{i}.png').write_bytes(encoded(size=(40, 40))[:length])
-            (tmp_path / name / f'{i}.txt').write_text('a picture')
-        settings.append({'data.source': f'folder:{tmp_path / name}'})
-    processes = runs.start_several(model, tmp_path / 'run', settings, devices=1)
-    good, bad = runs.finish(*processes, timeout=120, status=1)
-    error = f'error: folder:{tmp_path}/bad: 100 broken samples one after the other'
+            (folder / 'set' / f'{i}.png').write_bytes(encoded(size=(40, 40))[:length])
+            (folder / 'set' / f'{i}.txt').write_text('a picture')
+
+    def end(workdir):
+        processes = runs.start_several(
+            model, workdir, {'data.source': 'folder:set'}, devices=1, folders=folders
+        )
+        return runs.finish(*processes, status=1)
+
+    good, bad = end(tmp_path / 'run')
+    error = 'error: folder:set: 100 broken samples one after the other'
     assert error in bad and 'Traceback' not in bad
     assert error in good and '(in process 1; this is 0)' in good and 'Traceback' not in good
+    (folders[1] / 'set' / '7.png').unlink()
+    for said in end(tmp_path / 'other'):
+        error = (
+            'data.source folder:set: not the same in all processes: number = 8 in process 0, 7 in'
+        )
+        assert error in said and 'Traceback' not in said

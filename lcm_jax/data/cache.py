@@ -5,17 +5,20 @@ arrays one after the other; .npz their names, buckets and numbers in the source;
 says the model, the resolution, the shapes and the types. A part without its .json is not complete.
 """
 
+import contextlib
 import functools
 import json
 import math
 import os
 import re
 from pathlib import Path
+from zipfile import BadZipFile
 
 import ml_dtypes  # noqa: F401 - so that numpy knows 'bfloat16'
 import numpy as np
 
-from lcm_jax.data.records import UNREADABLE, reader
+from lcm_jax.data.files import listed, opened
+from lcm_jax.data.records import UNREADABLE, check_address, reader
 from lcm_jax.data.samples import SCORES, Broken, Index, describe
 from lcm_jax.errors import InputError
 
@@ -31,7 +34,7 @@ def part_name(process, processes):
 def complete(folder):
     """Whether all parts of a cache are there, of however many processes."""
     try:
-        return bool(parts_of(Path(folder)))
+        return bool(parts_of(str(folder)))
     except InputError:
         return False
 
@@ -80,18 +83,19 @@ class Writer:
 
 
 def open_cache(folder, resolution, model=None):
-    """-> Index in the source's order, fetch(place) -> {name: array}, header.
+    """A path or gs:// -> Index in the source's order, fetch(place) -> {name: array}, header.
 
-    Raises InputError if a part is missing or not complete, and for a cache that was made at another
-    resolution or, where `model` is given, by another model.
+    Raises InputError if a part is missing, not complete or cannot be read, and for a cache that was
+    made at another resolution or, where `model` is given, by another model.
     """
-    stems, head = parts_of(Path(folder))
+    check_address(folder)
+    stems, head = parts_of(folder.rstrip('/'))
     for key, asked in (('model', model), ('resolution', resolution)):
         if asked is not None and head[key] != asked:
             raise InputError(f'cache:{folder} is of {key} {head[key]!r}; this run has {asked!r}')
     names, rows = [], []
     for i, stem in enumerate(stems):
-        with np.load(stem.with_suffix('.npz')) as got:
+        with whole(f'{stem}.npz') as file, np.load(file) as got:
             part = got['rows']
             names += json.loads(str(got['names']))
         files = np.full(len(part), i)
@@ -101,31 +105,30 @@ def open_cache(folder, resolution, model=None):
     rows = rows[order]
     sizes, scores = rows[:, 4:].astype(np.int32), np.full((len(rows), len(SCORES)), np.nan)
     places = rows[:, [0, 1, 3]]  # file, record, bucket
-    paths = [str(stem.with_suffix('.array_record')) for stem in stems]
+    paths = [f'{stem}.array_record' for stem in stems]
     index = Index([names[i] for i in order], sizes, sizes, scores, places, [], [], 0, len(paths))
     return index, functools.partial(fetch, paths, head['arrays']), head
 
 
 def parts_of(folder):
-    """-> [path without suffix], what their headers say, as one. Raises InputError."""
-    names = sorted(p.name for p in folder.glob('part-*') if folder.is_dir())
+    """-> [path or url without suffix], what their headers say, as one. Raises InputError."""
+    names = [name for name in listed(folder) if name.startswith('part-')]
     found = [PART.fullmatch(name) for name in names]
     totals = {int(m[2]) for m in found if m}
     if len(totals) != 1:
         what = 'caches of different numbers of processes' if totals else 'no complete cache'
         raise InputError(f'cache:{folder}: {what}; it has {", ".join(names) or "nothing"}')
     total = totals.pop()
-    stems = [folder / part_name(i, total) for i in range(total)]
-    heads = []
-    for stem in stems:
-        try:
-            heads.append(json.loads(stem.with_suffix('.json').read_text(encoding='utf-8')))
-        except FileNotFoundError as e:
+    parts = [part_name(i, total) for i in range(total)]
+    for part in parts:
+        if f'{part}.json' not in names:
             raise InputError(
-                f'cache:{folder} is not complete: {stem.name} has not been written to its end'
-            ) from e
-        except (OSError, ValueError) as e:
-            raise InputError(f'cannot read {stem}.json: {describe(e)}') from e
+                f'cache:{folder} is not complete: {part} has not been written to its end'
+            )
+    stems, heads = [f'{folder}/{part}' for part in parts], []
+    for stem in stems:
+        with whole(f'{stem}.json') as file:
+            heads.append(json.load(file))
     filled = [head for head in heads if head['samples']] or heads[:1]
     for head in filled[1:]:
         for name, said in head['arrays'].items():  # a part may lack a bucket that another has
@@ -138,6 +141,18 @@ def parts_of(folder):
         for reason, n in head['dropped'].items():
             dropped[reason] = dropped.get(reason, 0) + n
     return stems, filled[0] | {'samples': sum(h['samples'] for h in heads), 'dropped': dropped}
+
+
+@contextlib.contextmanager
+def whole(url):
+    """An open file, of which nothing may be wrong: InputError."""
+    try:
+        with opened(url) as file:
+            yield file
+    except InputError:  # of a remote one
+        raise
+    except (OSError, ValueError, KeyError, BadZipFile) as e:
+        raise InputError(f'cannot read {url}: {describe(e)}') from e
 
 
 def fetch(paths, arrays, place):

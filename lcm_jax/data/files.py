@@ -54,6 +54,9 @@ class Elsewhere:
     def tell(self):
         return self.file.tell()
 
+    def seekable(self):
+        return True
+
     def __enter__(self):
         return self
 
@@ -64,6 +67,17 @@ class Elsewhere:
 def opened(url):
     """-> an open file that can be sought in. Raises OSError; for a remote file, InputError."""
     return Elsewhere(url) if remote(url) else open(url, 'rb')
+
+
+def listed(folder):
+    """A path or url -> names of what is in that folder, sorted; [] if there is none. Raises InputError."""
+    try:
+        fs, path = fsspec.core.url_to_fs(folder)
+        return sorted(p.rsplit('/', 1)[-1] for p in fs.ls(path, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except Exception as e:  # as in `reading`
+        raise InputError(f'cannot read {folder}: {describe(e)}') from e
 
 
 def expand(pattern):

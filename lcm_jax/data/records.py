@@ -5,6 +5,7 @@ import io
 
 import numpy as np
 
+from lcm_jax.data.files import remote
 from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row
 from lcm_jax.errors import InputError
 
@@ -23,13 +24,24 @@ UNREADABLE = (OSError, RuntimeError, ValueError, IndexError)  # of the array_rec
 def index_array_record(url, caption):
     """A file of tf.train.Examples -> its Index; the place is the record's number.
 
-    A record holds the encoded picture under one of PICTURES, its caption and metadata beside it.
+    A record holds the encoded picture under one of PICTURES, its caption and metadata beside it. A
+    file that cannot be read is named in `cut`; a remote one is an InputError: the library does not
+    say whether the file is damaged or the store fails.
     """
+    check_address(url)
     try:
         records = reader(url)
         return index_records(len(records), lambda i: example(records[i]), caption)
     except UNREADABLE as e:
+        if remote(url):
+            raise InputError(f'cannot read {url}: {describe(e)}') from e
         return index_of([], cut=[(url, describe(e))])
+
+
+def check_address(url):
+    """InputError for one that the array_record library does not know: it would look for a local file."""
+    if remote(url) and not url.startswith('gs://'):
+        raise InputError(f'{url}: array_record files are read here or at gs://, not elsewhere')
 
 
 def fetch_array_record(url, place, caption):

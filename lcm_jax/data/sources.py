@@ -75,8 +75,8 @@ def open_source(name, settings, model=None):
     folder:DIR              pictures with NAME.txt beside them, or metadata.jsonl
     pictures:DIR            pictures alone, to be measured; every caption is empty
     synthetic:N             N made-up pictures
-    cache:DIR               what `lcm-jax data cache` wrote, for `model`; its captions, crops and
-                            filters were settled then
+    cache:DIR               what `lcm-jax data cache` wrote, here or copied to gs://, for `model`; its
+                            captions, crops and filters were settled then
 
     Raises InputError for a name, file or set that cannot be opened, if the filters leave nothing,
     and if the share of broken samples or of unreadable files exceeds settings.max_dropped.

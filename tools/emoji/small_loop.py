@@ -25,9 +25,12 @@ def train(loss, tx, params, frozen, batch_at, args, *, ema_decay, save_every, lo
 
             def on_save(i, state):
                 metrics = report(i, state)
-                writer.scalars(i, metrics)
-                print(f'\nstep {i}: {metrics}', flush=True)
-                return metrics
+
+                def write():
+                    writer.scalars(i, metrics)
+                    print(f'\nstep {i}: {metrics}', flush=True)
+
+                return metrics, write
 
             return loop.fit(
                 step,
