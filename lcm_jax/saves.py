@@ -97,6 +97,8 @@ class Saves:
                 'recipe': ocp.JsonCheckpointHandler(),
             },
         )
+        if self.step is not None:
+            self._same(self._recipe_of(self.step))
         self.best = self._best_so_far()
 
     def __enter__(self):
@@ -136,7 +138,6 @@ class Saves:
         step = self.step
         if step is None:
             return None
-        self._same(self._recipe_of(step))
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self.manager.restore(step, args=args)['state']

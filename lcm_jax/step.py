@@ -27,6 +27,7 @@ from lcm_jax.models.unet import UNet
 from lcm_jax.tree import map_named, named
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+NULLS = {'model': None, 'empty': False, 'zeros': True}  # whether the null condition is zeros
 TARGETS = {'student': lambda params, ema: params, 'ema': lambda params, ema: ema}
 LEAST = {  # key of a config -> the least value that means something
     'data.validation_batches': 1,
@@ -81,6 +82,11 @@ def program(specs, family, schedule, config, mesh):
     Raises InputError for settings outside what is supported, naming the key.
     """
     check(config, sharding.groups(mesh))
+    for sampler, steps in (
+        (config.preview.sampler, config.preview.steps),
+        ('ddim', config.preview.teacher_steps),
+    ):
+        schedule.times(sampler, steps)  # raises InputError before hours are spent
     objective = choose('objective', config.objective, OBJECTIVES)
     tx, rate = optimizer(config.train)
     base = shapes.unet_shapes(specs['unet'], DTYPES[config.dtype])
@@ -124,6 +130,7 @@ def check(config, groups):
     for key, table in (('dtype', DTYPES), ('vae_dtype', DTYPES)):
         choose(key, config[key], table)
     choose('distill.target', config.distill.target, TARGETS)
+    choose('distill.null', config.distill.null, NULLS)
     choose('export.weights', config.export.weights, dict.fromkeys(('params', 'ema')))
     choose('train.best', c.best, dict.fromkeys(('', 'distance', 'validation')))
     if c.best == 'validation' and not config.data.validation:

@@ -18,7 +18,7 @@ import numpy as np
 
 from lcm_jax import aot, loop, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
-from lcm_jax.errors import InputError, choose
+from lcm_jax.errors import InputError
 from lcm_jax.export import check_name, export
 from lcm_jax.feed import Feed
 from lcm_jax.flags import parse
@@ -28,11 +28,10 @@ from lcm_jax.model import describe
 from lcm_jax.peers import Peers, meet
 from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, on_host
-from lcm_jax.step import DTYPES, program
+from lcm_jax.step import DTYPES, NULLS, program
 from lcm_jax.stop import Stop
 from lcm_jax.tree import digest
 
-NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
 STOPPED = 143  # exit status after SIGTERM, by which clusters know that the run shall go on
 
 
@@ -150,8 +149,9 @@ def conditions(model, params, config, size):
 
     prompts = list(config.preview.prompts)
     cond, null = read(prompts), read([''])
-    how = config.distill.null
-    zero = choose('distill.null', how, NULLS | {'model': model.family.zero_null})
+    zero = NULLS[config.distill.null]
+    if zero is None:
+        zero = model.family.zero_null
     null = {k: np.repeat(np.zeros_like(x) if zero else x, len(prompts), 0) for k, x in null.items()}
     if model.specs['unet'].size_dim:
         sizes = np.tile(micro_conditioning(size, (0, 0), size), (len(prompts), 1))
