@@ -107,6 +107,8 @@ class Saves:
                 'recipe': ocp.JsonCheckpointHandler(),
             },
         )
+        if self.step is not None:
+            self._same(self._recipe_of(self.step))
         steps = self.manager.all_steps()
         self.strange = {step for step in steps if not self._measured_alike(step)}
         self.best = min((self._value(i, self.manager.metrics(i)) for i in steps), default=math.inf)
@@ -147,7 +149,6 @@ class Saves:
         step = self.step
         if step is None:
             return None
-        self._same(self._recipe_of(step))
         try:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self.manager.restore(step, args=args)['state']

@@ -17,17 +17,27 @@ import optax
 from lcm_jax import loop, sharding
 from lcm_jax import lora as L
 from lcm_jax.conditioning import guidance_embedding
-from lcm_jax.distill import OBJECTIVES, Nets, Noise, draw, each, w_range
+from lcm_jax.distill import DISTANCES, OBJECTIVES, ODE_STEPS, Nets, Noise, draw, each, w_range
 from lcm_jax.draw import apply_unet
 from lcm_jax.encode import encoded
 from lcm_jax.errors import InputError, choose
 from lcm_jax.models import shapes
 from lcm_jax.models.layers import in_strips
-from lcm_jax.models.unet import UNet
+from lcm_jax.models.unet import REMAT, UNet
 from lcm_jax.tree import map_named, named
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
+NULLS = {'model': None, 'empty': False, 'zeros': True}  # whether the null condition is zeros
 TARGETS = {'student': lambda params, ema: params, 'ema': lambda params, ema: ema}
+CHOICES = {  # key of a config -> what it may be
+    'distill.solver': ODE_STEPS,
+    'distill.null': NULLS,
+    'distill.distance': DISTANCES,
+    'distill.target': TARGETS,
+    'train.remat': REMAT,
+    'train.best': dict.fromkeys(('', 'distance', 'validation')),
+    'export.weights': dict.fromkeys(('params', 'ema')),
+}
 LEAST = {  # key of a config -> the least value that means something
     'data.validation_batches': 1,
     'lora.rank': 1,
@@ -79,6 +89,11 @@ def program(specs, family, schedule, config, mesh):
     Raises InputError for settings outside what is supported, naming the key.
     """
     check(config, sharding.groups(mesh))
+    for sampler, steps in (
+        (config.preview.sampler, config.preview.steps),
+        ('ddim', config.preview.teacher_steps),
+    ):
+        schedule.times(sampler, steps)  # raises InputError before hours are spent
     objective = choose('objective', config.objective, OBJECTIVES)
     tx, rate = optimizer(config.train)
     base = shapes.unet_shapes(specs['unet'], DTYPES[config.dtype])
@@ -121,9 +136,9 @@ def check(config, groups):
             raise InputError(f'{key} = {values[part][name]}; it must be at least {least}')
     for key, table in (('dtype', DTYPES), ('vae_dtype', DTYPES)):
         choose(key, config[key], table)
-    choose('distill.target', config.distill.target, TARGETS)
-    choose('export.weights', config.export.weights, dict.fromkeys(('params', 'ema')))
-    choose('train.best', c.best, dict.fromkeys(('', 'distance', 'validation')))
+    for key, table in CHOICES.items():
+        part, name = key.split('.')
+        choose(key, values[part][name], table)
     if c.best == 'validation' and not config.data.validation:
         raise InputError("train.best = 'validation' needs a source in data.validation")
     if not 0 <= c.ema_decay < 1:

@@ -18,7 +18,6 @@ import numpy as np
 
 from lcm_jax import aot, flags, loop, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
-from lcm_jax.errors import choose
 from lcm_jax.export import check_name, export
 from lcm_jax.feed import Feed, identity
 from lcm_jax.flops import flops
@@ -27,10 +26,9 @@ from lcm_jax.model import describe
 from lcm_jax.peers import Peers, meet
 from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, flat, on_host
-from lcm_jax.step import DTYPES, program
+from lcm_jax.step import DTYPES, NULLS, program
 from lcm_jax.stop import Stop
 
-NULLS = {'empty': False, 'zeros': True}  # whether the null condition is zeros
 OWN = 'data.threads', 'data.workers'  # settings that each process may have its own of
 STOPPED = 143  # exit status after SIGTERM, by which clusters know that the run shall go on
 
@@ -145,8 +143,9 @@ def conditions(model, params, config, size):
 
     prompts = list(config.preview.prompts)
     cond, null = read(prompts), read([''])
-    how = config.distill.null
-    zero = choose('distill.null', how, NULLS | {'model': model.family.zero_null})
+    zero = NULLS[config.distill.null]
+    if zero is None:
+        zero = model.family.zero_null
     null = {k: np.repeat(np.zeros_like(x) if zero else x, len(prompts), 0) for k, x in null.items()}
     if model.specs['unet'].size_dim:
         sizes = np.tile(micro_conditioning(size, (0, 0), size), (len(prompts), 1))

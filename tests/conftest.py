@@ -1,4 +1,4 @@
-"""Pipeline folders that the tests share."""
+"""Pipeline folders that the tests share, and the order of their files."""
 
 import functools
 
@@ -15,6 +15,32 @@ from lcm_jax.data.emoji import EMOJI
 from lcm_jax.lora_files.files import write_lora
 
 torch.set_num_threads(1)  # the reference models are tiny; waiting for threads costs more
+LONGEST = (
+    *('test_train', 'test_notebooks', 'test_trainer_mesh', 'test_trainer_stop'),
+    *('test_evaluate', 'test_demo', 'test_export', 'test_models', 'test_pictures'),
+)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left alone with one at the end."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope='module')
+def quick_compiler():
+    """Programs that run a few times are compiled quickly."""
+    jax.config.update('jax_disable_most_optimizations', True)
+    yield
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory):
+    """The folder of the tiny model that runs start from."""
+    import runs
+
+    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
 
 
 def randomise(model, seed):

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from random_model import write_model
 from safetensors.numpy import load_file
 
-from lcm_jax import train
+from lcm_jax import flags, train
 from lcm_jax.models.clip import TextSpec
 from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
@@ -79,7 +79,7 @@ def arguments(model, workdir, settings=(), config='default'):
 def run(model, workdir, **settings):
     """A run in this process; settings have '__' for '.' -> what it exports."""
     settings = {key.replace('__', '.'): value for key, value in settings.items()}
-    config, workdir, _ = train.parse(arguments(model, workdir, settings))
+    config, workdir, _ = flags.parse(arguments(model, workdir, settings))
     return train.run(config, workdir)
 
 

@@ -17,7 +17,7 @@ from conftest import randomise
 from PIL import Image
 
 import lcm_jax
-from lcm_jax import lora, samplers, train
+from lcm_jax import flags, lora, samplers, train
 from lcm_jax import pipeline as module
 from lcm_jax.convert import convert
 from lcm_jax.encode import encoded
@@ -348,7 +348,7 @@ def test_training_is_told_what_drawing_is(both):
     ours, _ = both('sdxl')
     file = Path(__file__).parents[1] / 'configs' / 'default.py'
     settings = ['data.resolution=16', 'train.batch=2', 'lora.rank=2']
-    config, *_ = train.parse(
+    config, *_ = flags.parse(
         [f'--config={file}', '--workdir=.', *(f'--config.{setting}' for setting in settings)]
     )
     prog = program(ours.specs, ours.family, ours.schedule, config, make_mesh())

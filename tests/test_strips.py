@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lcm_jax import lora, workloads
 from lcm_jax.models.layers import from_strips, in_strips, strips_for, to_strips
@@ -10,6 +11,7 @@ from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.vae import VAE, VAESpec
 from lcm_jax.models.zoo import ModelSpec
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 MODEL = ModelSpec(
     UNetSpec(
         widths=(8, 16),

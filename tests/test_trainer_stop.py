@@ -8,21 +8,11 @@ import time
 import pytest
 import runs
 
-pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
+pytestmark = [
+    pytest.mark.filterwarnings('ignore::DeprecationWarning'),  # ml_collections' own
+    pytest.mark.usefixtures('quick_compiler'),
+]
 LONG = {'train.steps': 24, 'train.save_every': 3}
-
-
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
-
-
-@pytest.fixture(scope='module')
-def whole(model, tmp_path_factory):
-    """The workdir of a run that was left alone."""
-    workdir = tmp_path_factory.mktemp('whole') / 'run'
-    runs.finish(runs.start(model, workdir, LONG))
-    return workdir
 
 
 def equal(whole, run, steps=LONG['train.steps']):
@@ -39,8 +29,9 @@ def writing(run):
     return bool(runs.checkpoints(run)[1])
 
 
-def test_killed_while_it_saves_and_while_it_trains(model, whole, tmp_path):
-    run = tmp_path / 'run'
+def test_killed_while_it_saves_and_while_it_trains_then_stopped(model, tmp_path):
+    """SIGKILL twice, then SIGTERM, which saves and ends with 143; compared with a run in one go."""
+    run, whole = tmp_path / 'run', tmp_path / 'whole'
     process = runs.start(model, run, LONG)
     assert runs.until(lambda: writing(run), process)
     process.send_signal(signal.SIGKILL)
@@ -50,22 +41,19 @@ def test_killed_while_it_saves_and_while_it_trains(model, whole, tmp_path):
     time.sleep(random.uniform(0, 0.5))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    said = runs.finish(runs.start(model, run, LONG))
-    assert runs.first_step(said[0]) > 0
-    equal(whole, run)
-
-
-def test_sigterm_saves_and_ends_with_143(model, whole, tmp_path):
-    run = tmp_path / 'run'
+    before = runs.checkpoints(run)[0][-1]
     process = runs.start(model, run, LONG)
-    assert runs.until(lambda: len(runs.lines(run)) > 1, process)
+    assert runs.until(lambda: runs.checkpoints(run)[0][-1] > before, process)
     process.send_signal(signal.SIGTERM)
     (said,) = runs.finish(process, status=143)
     assert 'stopped by SIGTERM, saved at step' in said and 'Traceback' not in said
+    assert 0 < runs.first_step(said) <= before
     saved = runs.checkpoints(run)[0][-1]
     assert f'saved at step {saved};' in said and not writing(run)
     (said,) = runs.finish(runs.start(model, run, LONG))
     assert runs.first_step(said) == saved
+    settings = {key.replace('.', '__'): value for key, value in LONG.items()}
+    runs.run(model, whole, **settings)
     equal(whole, run)
 
 

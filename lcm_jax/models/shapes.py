@@ -4,6 +4,7 @@ Linen infers widths from inputs, so each function passes the smallest ones that 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,13 @@ from lcm_jax.models.unet import UNet
 
 def abstract(module, *args, dtype=jnp.float32, **kwargs):
     """The parameters that `module.init(key, *args, **kwargs)` would make, as shapes of `dtype`."""
-    params = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)['params']
+    params = _traced(module, args, tuple(kwargs.items()))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+
+
+@functools.cache  # a UNet's takes a second, and a run asks for it several times
+def _traced(module, args, kwargs):
+    return jax.eval_shape(module.init, jax.random.key(0), *args, **dict(kwargs))['params']
 
 
 def _floats(*shape):
