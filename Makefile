@@ -22,7 +22,7 @@ demo: $(VENV)/core
 	$(BIN)/lcm-jax demo --out demo-out
 
 test: $(VENV)/test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

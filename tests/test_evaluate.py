@@ -23,10 +23,7 @@ from lcm_jax.flags import parse
 from lcm_jax.metrics import Statistics
 from lcm_jax.pipeline import Pipeline
 
-
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 
 
 @pytest.fixture(autouse=True)
@@ -118,19 +115,19 @@ def test_cells_are_measured_once_and_again_if_anything_changed(model, tmp_path, 
         return draw(self, cell, *args)
 
     monkeypatch.setattr(artist.Artist, 'draw', counted)
-    first = evaluate.run(config(model), tmp_path)
+    first = evaluate.run(config(model, 8), tmp_path)
     assert {*drawn} == {
         'teacher, 3 steps',
         *(f'few, guidance {g}, {n} step{"s" * (n > 1)}' for g in (1, 3) for n in (1, 2)),
     }
     drawn.clear()
-    assert evaluate.run(config(model), tmp_path) == first and not drawn
+    assert evaluate.run(config(model, 8), tmp_path) == first and not drawn
     (tmp_path / 'cells' / 'some' / 'few-guidance-1-2-steps.json').write_text('{"half')
-    again = evaluate.run(config(model), tmp_path)
+    again = evaluate.run(config(model, 8), tmp_path)
     assert again['sets'][0]['rows'][3]['fid'] == first['sets'][0]['rows'][3]['fid']
     assert {*drawn} == {'few, guidance 1, 2 steps'}
     drawn.clear()
-    other = config(model)
+    other = config(model, 8)
     other.prompts = ('a cow',)  # for the grid only
     assert evaluate.run(other, tmp_path) == again and len(drawn) == 5
     drawn.clear()
@@ -142,13 +139,13 @@ def test_cells_are_measured_once_and_again_if_anything_changed(model, tmp_path, 
 
     with monkeypatch.context() as patch:  # the source's files, under the same name
         patch.setattr(evaluate, 'pairs', reworded)
-        evaluate.run(config(model), tmp_path)
+        evaluate.run(config(model, 8), tmp_path)
     assert len({*drawn}) == 5
     drawn.clear()
-    evaluate.run(config(model, seed=1), tmp_path)
+    evaluate.run(config(model, 8, seed=1), tmp_path)
     assert len({*drawn}) == 5
     drawn.clear()
-    other = config(model, seed=1)
+    other = config(model, 8, seed=1)
     other.ways[0]['label'] = 'FEW!'  # the same files
     found = evaluate.run(other, tmp_path)['sets'][0]['rows']
     assert not drawn and found[-1]['label'] == 'FEW!, guidance 3'
@@ -287,6 +284,7 @@ def test_two_processes_of_two_devices_measure_what_one_does(model, tmp_path):
         port = s.getsockname()[1]
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
         'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
         'PYTHONPATH': os.pathsep.join([str(runs.ROOT), *sys.path]),
     }

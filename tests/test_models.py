@@ -22,6 +22,7 @@ from lcm_jax.models.vae import VAE
 from lcm_jax.models.zoo import MODELS
 from lcm_jax.tensors import read_json, read_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures('quick_compiler')
 TOLERANCE = 1e-5  # of the largest reference value; about 1e-6 is reached
 
 

@@ -5,54 +5,48 @@ import runs
 from sets import encoded
 from trainer_tables import MESH
 
-pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
-
-
-@pytest.fixture(scope='module')
-def model(tmp_path_factory):
-    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
+pytestmark = [
+    pytest.mark.filterwarnings('ignore::DeprecationWarning'),  # ml_collections' own
+    pytest.mark.usefixtures('quick_compiler'),
+]
 
 
 @pytest.fixture(scope='module')
 def alone(model, tmp_path_factory):
-    """The workdir of a run on one device."""
+    """The workdir of a run on one device, in this process."""
     workdir = tmp_path_factory.mktemp('alone') / 'run'
-    runs.finish(runs.start(model, workdir))
+    runs.run(model, workdir)
     return workdir
 
 
-def close(a, b, steps=6, loss=1e-4, params=2e-2):
+def close(a, b, loss=1e-4, params=2e-2):
     """Two workdirs: float32 rounding apart. Adam turns the smallest gradients' signs into steps."""
     a_losses, b_losses = runs.losses(a), runs.losses(b)
-    assert [*a_losses] == [*b_losses] == [*range(1, steps + 1)]
+    assert [*a_losses] == [*b_losses] == [*range(1, 7)]
     assert runs.difference(a_losses, b_losses) < loss
     assert runs.difference(runs.exported(a), runs.exported(b)) < params
 
 
-def test_two_processes_of_four_devices(model, alone, tmp_path):
-    """data 2 x fsdp 2 x tensor 2, and each process reads its part of the batch."""
-    said = runs.finish(*runs.start_several(model, tmp_path / 'run', MESH))
+def test_a_run_goes_on_on_other_devices(model, alone, tmp_path):
+    """Two processes of four devices, each of which reads its part of the batch, then 1 device, then 4.
+
+    With what may change: the cut of the batch and of the backward pass.
+    """
+    run = tmp_path / 'run'
+    settings = MESH | {'train.steps': 3, 'train.save_every': 3}
+    said = runs.finish(*runs.start_several(model, run, settings))
     assert 'mesh data 2 x fsdp 2 x tensor 2: 8 cpu, 2 processes' in said[0]
     assert 'mesh data' not in said[1]  # only the first one speaks
-    close(alone, tmp_path / 'run')
-
-
-def test_a_run_goes_on_on_other_devices(model, alone, tmp_path):
-    """8 devices, then 1, then 4, with what may change: the cut of the batch and of the backward pass."""
-    run = tmp_path / 'run'
-    for steps, devices, settings in (
-        (2, 8, {}),
-        (4, 1, {'train.accumulate': 2, 'train.remat': 'blocks'}),
-        (6, 4, {'mesh.fsdp': 2}),
-    ):
-        said = runs.finish(runs.start(model, run, {'train.steps': steps} | settings, devices))
-    assert runs.first_step(said[0]) == 4
+    runs.run(model, run, train__steps=5, train__accumulate=2, train__remat='blocks')
+    said = runs.finish(runs.start(model, run, {'mesh.fsdp': 2}, 4))
+    assert runs.first_step(said[0]) == 5
     close(alone, run)
 
 
 def test_from_the_cache_as_from_pixels(model, alone, tmp_path):
     """By two processes, each of which encodes its part."""
-    processes = runs.start_several(model, tmp_path / 'run', {'data.cache': True}, devices=1)
+    settings = {'data.cache': True, 'train.save_every': 6}
+    processes = runs.start_several(model, tmp_path / 'run', settings, devices=1)
     runs.finish(*processes)
     assert len([*(tmp_path / 'run' / 'cache').glob('part-*-of-00002.json')]) == 2
     close(alone, tmp_path / 'run')
