@@ -81,11 +81,11 @@ def open_source(name, settings, model=None):
     Raises InputError for a name, file or set that cannot be opened, if the filters leave nothing,
     and if the share of broken samples or of unreadable files exceeds settings.max_dropped.
     """
-    if Path(name).is_dir():
+    family, _, what = name.partition(':')
+    if family not in FAMILIES and Path(name).is_dir():
         raise InputError(
             f'{name} is a folder: write folder:{name}, or without captions pictures:{name}'
         )
-    family, _, what = name.partition(':')
     index, fetch, encoded = choose('source', family, FAMILIES)(what, settings, model)
     broken = Drops()
     for sample, reason, detail in index.broken:
