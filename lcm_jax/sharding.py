@@ -1,5 +1,6 @@
 """Where arrays lie: a mesh of devices, path rules -> shardings, and each process's part of a batch."""
 
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from lcm_jax.peers import meet
 from lcm_jax.tree import first_match, map_named
 
 AXES = 'data', 'fsdp', 'tensor'
+WAITS = itertools.count()  # the same in all processes, which wait for each other in the same order
 BATCH = 'data', 'fsdp'  # the axes that divide a batch
 
 # Megatron's pairs (arXiv 1909.08053): `tensor` divides the outputs of the first of two products and
@@ -223,11 +225,8 @@ def start_distributed(coordinator=None, processes=None, process=None):
 
 
 def wait(name):
-    """Until all processes have come here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
+    """Until all processes have come here. By no collective of their devices: on CPUs those wait for 30 s only."""
+    meet(f'{name}, wait {next(WAITS)}')
 
 
 def gathered(blob):
