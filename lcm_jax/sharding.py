@@ -225,7 +225,7 @@ def start_distributed(coordinator=None, processes=None, process=None):
 
 
 def wait(name):
-    """Until all processes have come here. By no collective of their devices: on CPUs those wait for 30 s only."""
+    """Until all processes have come here. No collective of their devices: on CPUs those wait for 30 s."""
     meet(f'{name}, wait {next(WAITS)}')
 
 
