@@ -36,10 +36,12 @@ def check(args):
     from lcm_jax.data.sources import open_source
     from lcm_jax.grid import save
     from lcm_jax.model import describe
+    from lcm_jax.text import Tokenizer
 
     said = settings(args)
     source = open_source(args.source, said)
-    for line in report(source, describe(args.model).tokenizers()[0], said, args.limit):
+    tokenizer = describe(args.model).tokenizers()[0] if args.model else Tokenizer.clip()
+    for line in report(source, tokenizer, said, args.limit):
         print(line, flush=True)
     if args.sheet and not source.encoded:
         save(contact_sheet(source, said), args.sheet)
@@ -103,7 +105,8 @@ def add(verbs, verb):
         '--sheet', type=flags.picture_file, metavar='FILE', help='picture file for a contact sheet'
     )
 
-    p.add_argument('--model', default='emoji', help='whose tokens captions are counted in')
+    text = "whose tokens captions are counted in; default: CLIP's, as Stable Diffusion has them"
+    p.add_argument('--model', help=text)
 
     p = verb(cache, 'cache', 'write latents and text embeddings of a source', group)
     options(p)

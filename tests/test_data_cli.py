@@ -39,6 +39,8 @@ def test_check_says_what_is_in_a_source(tmp_path, capsys):
     ):
         assert line in out
     assert Image.open(sheet).size[0] > 700
+    main(['data', 'check', f'wds:{tar}', *options, '--model', 'emoji'])
+    assert 'are longer than 32 and will be cut' in capsys.readouterr().out
 
 
 def test_cache_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
