@@ -12,7 +12,9 @@ def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190
     notes: [R][C] str, written below the cells.
     """
     font = ImageFont.load_default(font_size)
-    columns = [wrap(c, tile, font) for c in columns]
+    longest = max(font.getlength(word) for c in columns for word in c.split())
+    small = ImageFont.load_default(font_size * min(1, tile / longest))  # each word within its column
+    columns = [wrap(c, tile, small) for c in columns]
     head = margin + max(c.count('\n') + 1 for c in columns) * (font_size + 4)
     pitch = tile + margin + (font_size + 2 if notes else 0)
     size = label_width + len(columns) * (tile + margin), head + len(rows) * pitch + margin
@@ -21,7 +23,7 @@ def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190
     for j, name in enumerate(columns):
         x = label_width + j * (tile + margin) + tile // 2
         draw.multiline_text(
-            (x, head - 4), name, 'black', font, anchor='md', align='center', spacing=2
+            (x, head - 4), name, 'black', small, anchor='md', align='center', spacing=2
         )
     for i, name in enumerate(rows):
         y = head + i * pitch
