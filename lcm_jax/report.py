@@ -80,7 +80,7 @@ def said(results):
     """-> lines about how all was measured."""
     p = results['protocol']
     rows = [r for one in results['sets'] for r in one['rows']]
-    drawn = [r for r in rows if r['steps']]
+    drawn = sorted((r for r in rows if r['steps']), key=lambda r: r['steps'])
     ways = {
         r['label']: f'- {r["label"]}: `{r["model"]}`'
         + (f' with LoRA `{r["lora"]}`' if r['lora'] else '')
@@ -118,18 +118,18 @@ def plot(rows):
     shown = [m for m in METRICS if m.key in PLOTTED and any(m.key in r for r in rows)]
     figure = Figure(figsize=(4.2 * len(shown), 6.4), layout='constrained')
     axes = figure.subplots(2, len(shown), squeeze=False)
-    drawn = [r for r in rows if r['steps']]
-    labels = list(dict.fromkeys(r['label'] for r in drawn))
+    drawn = sorted((r for r in rows if r['steps']), key=lambda r: r['steps'])
+    labels = list(dict.fromkeys(r['label'] for r in rows if r['steps']))
     for column, metric in zip(axes.T, shown, strict=True):
         for axis, key, name in zip(
             column, ('steps', 'seconds'), ('steps', 's / picture'), strict=True
         ):
             for i, label in enumerate(labels):
-                points = sorted(
+                points = [
                     (r[key], r[metric.key] * metric.scale)
                     for r in drawn
                     if r['label'] == label and None not in (r.get(metric.key), r[key])
-                )
+                ]
                 if points:
                     axis.plot(
                         *zip(*points, strict=True), marker='.', color=f'C{i % 10}', label=label
@@ -141,7 +141,8 @@ def plot(rows):
         column[0].set_xticks(steps, map(str, steps))
         column[0].minorticks_off()
         column[0].set_title(metric.title, fontsize='medium')
-    axes[0][0].legend(fontsize='small')
+    lines = axes[0][0].get_legend_handles_labels()
+    figure.legend(*lines, loc='outside lower center', ncols=max(1, len(shown)), fontsize='small')
     return figure
 
 
