@@ -80,7 +80,7 @@ def said(results):
     """-> lines about how all was measured."""
     p = results['protocol']
     rows = [r for one in results['sets'] for r in one['rows']]
-    drawn = sorted((r for r in rows if r['steps']), key=lambda r: r['steps'])
+    drawn = [r for r in rows if r['steps']]
     ways = {
         r['label']: f'- {r["label"]}: `{r["model"]}`'
         + (f' with LoRA `{r["lora"]}`' if r['lora'] else '')
