@@ -68,7 +68,7 @@ def get_config():
     c.train.ema_decay = 0.95  # per step; 0: no average is kept
     c.train.caption_dropout = 0.0  # share of captions replaced by the null condition
     c.train.seed = 0  # of the start, noise, times and guidance
-    c.train.max_skipped = 10  # steps in a row with infinite gradients before the run ends
+    c.train.max_skipped = 10  # steps in a row that are not finite before the run ends
     c.train.log_every = 20  # steps
     c.train.save_every = 200  # steps; pictures are drawn then too
     c.train.keep = 2  # newest checkpoints that are kept

@@ -104,7 +104,6 @@ def add(verbs, verb):
     p.add_argument(
         '--sheet', type=flags.picture_file, metavar='FILE', help='picture file for a contact sheet'
     )
-
     text = "whose tokens captions are counted in; default: CLIP's, as Stable Diffusion has them"
     p.add_argument('--model', help=text)
 

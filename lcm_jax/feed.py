@@ -65,6 +65,7 @@ class Feed:
         self.home, self.batch = sharding.batch_sharding(mesh), config.train.batch
         self.rows = sharding.local_rows(self.home, self.batch)
         self.tokenizers = model.tokenizers()
+        self.samples = {}  # key of data -> `identity` of what was opened last for it
         self.source = self.open('source', Path(workdir) / 'cache')
         self.held = config.data.validation and self.open('validation', Path(workdir) / 'validation')
         self.loader = self.load(self.source, 0)
@@ -93,7 +94,8 @@ class Feed:
         source = open_source(name, self.settings, self.config.model)
         for line in source.left_out():
             say(f'{source.name}: {line}')
-        sharding.alike(f'data.{key} {name}', identity(source))
+        self.samples[key] = identity(source)
+        sharding.alike(f'data.{key} {name}', self.samples[key])
         return source
 
     def made_of(self, name):

@@ -19,7 +19,7 @@ import numpy as np
 from lcm_jax import aot, flags, loop, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.export import check_name, export
-from lcm_jax.feed import Feed, identity
+from lcm_jax.feed import Feed
 from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
@@ -46,7 +46,7 @@ def run(config, workdir):
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
     feed = Feed(model, config, mesh, workdir)
-    recipe |= {'samples': identity(feed.source)}
+    recipe |= {'samples': feed.samples['source']}
     with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
         there = place(model, prog, config, mesh, feed.sizes[0])
