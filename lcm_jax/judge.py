@@ -96,9 +96,8 @@ class Judge:
         tally, seconds = Tally(), []
         for numbers, pictures, took in drawn:
             features = self.networks.features.images(pictures)
-            statistics = Statistics.of(
-                metrics.looked_at(self.networks.features.identity, pictures), features, numbers
-            )
+            seen = metrics.looked_at(self.networks.features.identity, *pictures.shape[1:3])
+            statistics = Statistics.of(seen, features, numbers)
             values = self.each(numbers, pictures, features, reference or {})
             sums = {k: np.array([np.sum(x, dtype=np.float64), len(x)]) for k, x in values.items()}
             tally.add(Tally(statistics, sums))

@@ -1,5 +1,6 @@
 """Sets of pictures -> their statistics, and the distance of two."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -22,12 +23,15 @@ def statistics_of(features, source, settings, ids):
     """The samples of a source with numbers `ids` -> Statistics, from the cache if they were measured before.
 
     The cache, lcm_jax/statistics beside the indexes of tars, goes by the pictures' bytes, how they are cut
-    and the features' identity.
+    and the features' identity; what is damaged or was written in another form is measured again.
     """
     key = f'{content(source, settings, ids)}-{settings.resolution}-{features.identity}'
     file = cache_folder().with_name('statistics') / f'{key}.npz'
-    if file.is_file():
-        return Statistics.load(file)
+    seen = metrics.looked_at(features.identity, settings.resolution, settings.resolution)
+    with contextlib.suppress(InputError):
+        found = Statistics.load(file)
+        if found.features == seen and found.n == len(ids):
+            return found
     found = streamed(features, pairs(source, settings, ids), len(ids), source.name)
     part = file.with_name(f'.part-{os.getpid()}-{file.name}')
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +45,8 @@ def streamed(features, samples, total, label):
     found = None
     with tqdm(total=total, desc=f'features of {label}', leave=False) as bar:
         for numbers, pictures in batches(samples, BATCH):
-            part = Statistics.of(
-                metrics.looked_at(features.identity, pictures), features.images(pictures), numbers
-            )
+            seen = metrics.looked_at(features.identity, *pictures.shape[1:3])
+            part = Statistics.of(seen, features.images(pictures), numbers)
             found = found.merge(part) if found else part
             bar.update(len(numbers))
     return found

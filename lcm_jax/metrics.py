@@ -47,9 +47,8 @@ def retrieved(images, texts, numbers, among=100, seed=0):
     return np.array(out)
 
 
-def looked_at(identity, pictures):
-    """What a network of this identity sees in pictures [N,H,W,3]: `Statistics.features` of them."""
-    _, height, width, _ = pictures.shape
+def looked_at(identity, height, width):
+    """What a network of this identity sees in pictures of H x W px: `Statistics.features` of them."""
     return f'{identity}, pictures of {height} x {width} px'
 
 

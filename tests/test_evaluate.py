@@ -353,6 +353,22 @@ def test_what_a_killed_evaluation_left_is_measured_again(tmp_path, broken):
     assert evaluate.kept_pictures(file, {}) is None and evaluate.kept_row(file, {}) is None
 
 
+def test_kept_statistics_of_another_form_are_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, 'cache_folder', lambda: tmp_path / 'kept' / 'index')
+    Image.new('RGB', (64, 64), 'red').save(tmp_path / 'red.png')
+    features = evaluate.open_features('emoji')
+    want = measure.side(features, f'pictures:{tmp_path}', 0)()
+    (file,) = (tmp_path / 'kept' / 'statistics').iterdir()
+    older = dataclasses.replace(want, features=features.identity)  # before it told sizes
+    for write in (lambda f: np.savez(f, **older.arrays()), lambda f: f.write(b'PK')):
+        with file.open('wb') as f:
+            write(f)
+        found = measure.side(features, f'pictures:{tmp_path}', 0)()
+        assert found.features == want.features == Statistics.load(file).features
+    monkeypatch.setattr(measure, 'streamed', lambda *_: pytest.fail('measured'))
+    measure.side(features, f'pictures:{tmp_path}', 0)()
+
+
 def test_pictures_of_any_size_are_measured(tmp_path):
     for i in range(3):
         shade = Image.new('L', (100, 100), 90 * i).convert('RGB')
