@@ -72,7 +72,8 @@ def get_config():
     c.train.log_every = 20  # steps
     c.train.save_every = 200  # steps; pictures are drawn then too
     c.train.keep = 2  # newest checkpoints that are kept
-    c.train.best = 'distance'  # or validation: what the best is kept and exported by; '': none
+    c.train.best = 'distance'  # what the best is kept and exported by: distance to the teacher's
+    # pictures (not for denoise), validation (the loss on data.validation), or '': none
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # devices along each axis; -1: all that are left

@@ -18,8 +18,8 @@ def get_config():
     c.data.resolution = 512
     c.data.cache = True
     c.distill.min_snr = 5.0
+    c.train.best = ''
     c.train.batch = 4
-    c.train.lr = 1e-4
     c.train.caption_dropout = 0.1
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
     c.preview.sampler = 'dpm++'

@@ -1,21 +1,14 @@
 """LoRAs on a whole model: read from files, and summed onto its parameters."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lcm_jax import lora as L
-from lcm_jax.data.emoji import EMOJI
-from lcm_jax.errors import InputError, nearest
 from lcm_jax.lora_files.files import read_lora
+from lcm_jax.lora_files.find import accelerates, find
 from lcm_jax.tree import map_named
-
-LORAS = {  # shipped
-    'lcm': EMOJI / 'lcm_lora.safetensors',
-    'fluent': EMOJI / 'fluent_lora.safetensors',
-}
 
 
 class Adapter(NamedTuple):
@@ -26,37 +19,15 @@ class Adapter(NamedTuple):
     accelerates: bool  # made for few steps without guidance
 
 
-def find(file):
-    """A LoRA file, or a key of LORAS -> path. Raises InputError if there is none."""
-    path = Path(LORAS.get(str(file), file))
-    if not path.is_file():
-        raise InputError(
-            f'{str(file)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
-            f'{nearest(file, LORAS)} nor a file'
-        )
-    return path
+def read_adapter(lora, name, scale, params):
+    """What `find` takes, for the model with these parameters by component -> Adapter.
 
-
-def read_adapter(file, name, scale, params):
-    """A LoRA file, or a key of LORAS, for the model with these parameters by component -> Adapter.
-
-    It counts as an acceleration LoRA if its metadata says so or `name` contains 'lcm'. Raises
-    InputError if there is no such file, or it does not fit as a whole.
+    `name` may tell that it accelerates, see `accelerates`. Raises InputError if there is no such
+    LoRA, or it does not fit as a whole.
     """
-    loras, metadata = read_lora(find(file), params)
-    accelerates = metadata.get('lcm_jax.accelerates') == 'true' or 'lcm' in name.lower()
-    return Adapter(jax.tree.map(jnp.asarray, loras), scale, accelerates)
-
-
-def term(text):
-    """'style.safetensors:0.8' -> (file, scale); the scale is 1 if there is none."""
-    file, colon, scale = text.rpartition(':')
-    if not colon or '/' in scale or '\\' in scale:
-        return text, 1.0
-    try:
-        return file, float(scale)
-    except ValueError as e:
-        raise InputError(f'{text}: {scale!r} is no scale; write FILE:SCALE, a number') from e
+    file = find(lora)
+    loras, metadata = read_lora(file, params)
+    return Adapter(jax.tree.map(jnp.asarray, loras), scale, accelerates(file, metadata, name))
 
 
 def merge(params, adapters):

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-from lcm_jax.adapters import find, term
 from lcm_jax.errors import InputError, choose
+from lcm_jax.lora_files.find import find, term
 from lcm_jax.model import describe
 from lcm_jax.samplers import SAMPLERS
 

@@ -71,8 +71,8 @@ def read_picture(file):
 
 
 def convert(args):
-    from lcm_jax.adapters import find, term
     from lcm_jax.convert import convert
+    from lcm_jax.lora_files.find import find, term
 
     loras = [(find(file), scale) for file, scale in map(term, args.lora)]
     print(convert(args.source, args.out, args.to, args.dtype, loras, args.prediction_type))

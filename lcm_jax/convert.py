@@ -1,5 +1,6 @@
 """Models between diffusers folders, single files and orbax checkpoints."""
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_folder
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files.dialects import COMPONENTS as LORA_COMPONENTS
 from lcm_jax.lora_files.files import read_lora
+from lcm_jax.lora_files.find import accelerates
 from lcm_jax.tensors import write_tensors
 from lcm_jax.tree import named
 
@@ -48,7 +50,8 @@ def convert(source, out, to=None, dtype='keep', loras=(), prediction_type=None):
     found = {
         part: {key: _cast(x, dtype) for key, x in ckpt.tensors(part).items()} for part in parts
     }
-    found = baked(ckpt, found, loras) if loras else found
+    found, fast = baked(ckpt, found, loras)
+    ckpt = few_step(ckpt) if fast else ckpt
     total = sum(x.nbytes for tensors in found.values() for x in tensors.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -70,6 +73,7 @@ def convert(source, out, to=None, dtype='keep', loras=(), prediction_type=None):
     return (
         f'wrote {out}: {NAMES[to]}, {count:,} parameters in {", ".join(found)}'
         f'{"; that form has no place for " + ", ".join(left) if left else ""}'
+        f'{"; it draws in 2 to 8 steps of the LCM sampler, at guidance 1" if fast else ""}'
     )
 
 
@@ -78,12 +82,17 @@ def _cast(x, dtype):
 
 
 def baked(ckpt, found, loras):
-    """{component: {key: Tensor}} of a model, [(LoRA file, scale)] -> the same with the LoRAs added.
+    """{component: {key: Tensor}} of a model, [(LoRA file, scale)] -> the same with the LoRAs added,
+    and whether one of them accelerates.
 
     The sum is taken in float32 when a tensor is read. Raises InputError if a file does not fit.
     """
+    if not loras:
+        return found, False
     models = {part: ckpt.shapes(part) for part in LORA_COMPONENTS if part in found}
-    adapters = [(read_lora(file, models)[0], float(scale)) for file, scale in loras]
+    read = [(file, *read_lora(file, models), float(scale)) for file, scale in loras]
+    fast = any(accelerates(file, metadata) for file, _, metadata, scale in read if scale)
+    adapters = [(adapter, scale) for _, adapter, _, scale in read]
 
     def added(part, path, ndim, x):
         key, perm = weights.theirs(path, ndim)
@@ -100,7 +109,14 @@ def baked(ckpt, found, loras):
     return found | {
         part: dict(added(part, path, w.ndim, found[part]) for path, w in named(params))
         for part, params in models.items()
-    }
+    }, fast
+
+
+def few_step(ckpt):
+    """A Checkpoint -> the same, drawn by the LCM sampler in diffusers and here."""
+    index = ckpt.index and ckpt.index | {'scheduler': ['diffusers', 'LCMScheduler']}
+    scheduler = ckpt.scheduler | {'_class_name': 'LCMScheduler'}
+    return dataclasses.replace(ckpt, index=index, scheduler=scheduler)
 
 
 def default_form(ckpt, out):
@@ -152,9 +168,14 @@ def write_rest(ckpt, found, folder):
 
     if ckpt.folder.is_dir():
         shutil.copytree(ckpt.folder, folder, ignore=weights_in)
-        if open_folder(folder).scheduler != ckpt.scheduler:  # another prediction type
-            (folder / SCHEDULER).parent.mkdir(exist_ok=True)
-            (folder / SCHEDULER).write_text(json.dumps(ckpt.scheduler, indent=2) + '\n')
+        copied = open_folder(folder)
+        for file, mine, theirs in (
+            (SCHEDULER, ckpt.scheduler, copied.scheduler),
+            (INDEX, ckpt.index, copied.index),
+        ):
+            if mine != theirs:  # another prediction type, or few steps
+                (folder / file).parent.mkdir(exist_ok=True)
+                (folder / file).write_text(json.dumps(mine, indent=2) + '\n')
         return
     there = {*found, 'scheduler'}
     texts = {f'{part}/config.json': ckpt.configs[part] for part in found}

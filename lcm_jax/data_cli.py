@@ -54,7 +54,7 @@ def cache(args):
     from lcm_jax.data.cache_fill import write_cache
     from lcm_jax.data.files import remote
     from lcm_jax.data.sources import open_source
-    from lcm_jax.encode import encoder
+    from lcm_jax.encode import at_once, encoder
     from lcm_jax.model import describe
     from lcm_jax.step import DTYPES
 
@@ -80,7 +80,7 @@ def cache(args):
             said,
             encode,
             model=args.model,
-            batch=args.batch,
+            batch=args.batch or at_once(said.resolution, len(source)),
             process=args.process,
             processes=args.processes,
             log=lambda n: bar.update(n - bar.n),
@@ -115,7 +115,7 @@ def add(verbs, verb):
         text = f'of the {what}, as in the config of the run; default: float32'
         p.add_argument(name, choices=('float32', 'bfloat16'), default='float32', help=text)
     p.add_argument(
-        '--batch', type=flags.positive, default=16, help='samples encoded at once; default: 16'
+        '--batch', type=flags.positive, help='samples encoded at once; default: by their size'
     )
     p.add_argument(
         '--process', type=flags.natural, default=0, help='which of --processes this is; default: 0'

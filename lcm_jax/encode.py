@@ -1,12 +1,19 @@
 """Pictures and captions -> latents and conditions, as training takes them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lcm_jax.conditioning import encode_text
 from lcm_jax.models.layers import in_strips
 from lcm_jax.models.tiny import autoencoder
+
+PIXELS = 2**20  # of one device's pictures: some 3 GB of SD's VAE at work in float32
+MOST = 64  # of one device's pictures
 
 
 def moments(spec, params, pictures, samples=None):
@@ -41,11 +48,35 @@ def encoded(specs, params, batch, samples=None):
 
 
 def encoder(model, dtype, vae_dtype):
-    """Read a Model's VAE and text encoders -> fn(batch in numpy) -> the batch in numpy, `encoded`."""
+    """Read a Model's VAE and text encoders -> fn(batch in numpy) -> the batch in numpy, `encoded`.
+
+    All devices of this process encode a part of the batch each.
+    """
     dtypes = dict.fromkeys(model.encoders, dtype) | {'vae': vae_dtype}
-    params = model.load(model.encoders, dtypes)
-    run = jax.jit(lambda params, batch: encoded(model.encoders, params, batch))
-    return lambda batch: jax.tree.map(np.asarray, run(params, batch))
+    devices = jax.local_devices()
+    mesh = Mesh(devices, ('data',))
+    params = model.load(model.encoders, dtypes, NamedSharding(mesh, P()))
+    tpu = devices[0].platform == 'tpu'
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(params, batch, samples):
+        return encoded(model.encoders, params, batch, samples)
+
+    def encode(batch):
+        n = len(batch['pixels'])
+        more = -n % len(devices)
+        whole = {k: np.concatenate([x, np.repeat(x[:1], more, 0)]) for k, x in batch.items()}
+        whole = jax.device_put(whole, NamedSharding(mesh, P('data')))
+        out = run(params, whole, (n + more) // len(devices) if tpu else None)
+        return {k: np.asarray(x)[:n] for k, x in out.items()}
+
+    return encode
+
+
+def at_once(resolution, count):
+    """How many of `count` samples `encoder` shall take at a time: what its devices have memory for."""
+    each = max(1, min(MOST, PIXELS // resolution**2))
+    return min(count, each * jax.local_device_count())
 
 
 def batched(fn, x, batch=64):

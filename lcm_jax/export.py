@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import weights
-from lcm_jax.checkpoint import INDEX, SCHEDULER
-from lcm_jax.convert import write_diffusers
-from lcm_jax.distill import OBJECTIVES
+from lcm_jax.checkpoint import INDEX
+from lcm_jax.convert import few_step, write_diffusers
+from lcm_jax.distill import OBJECTIVES, w_range
 from lcm_jax.errors import InputError, choose
 from lcm_jax.families import FAMILIES
 from lcm_jax.lora_files.files import write_lora
@@ -46,6 +46,8 @@ def recipe(config, w_dim):
         'skip': objective.target,
     }
     said = {k: str(config.distill[k]) for k in used if used[k] and config.distill[k]}
+    if 'w' in said:  # the numbers of a preset, in the papers' convention: guidance - 1
+        said['w'] = ':'.join(f'{w:g}' for w in dict.fromkeys(w_range(said['w'])))
     fast = {'accelerates': 'true'} if objective.target else {}
     return {'objective': config.objective} | fast | said
 
@@ -91,16 +93,14 @@ def export_folder(folder, trained, model, spec, config):
     found['unet'] = weights.unbind(_tree(trained, base, spec))
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    write_diffusers(ckpt, found, part)
+    few = config.objective != 'denoise'
+    write_diffusers(few_step(ckpt) if few else ckpt, found, part)
     index = {'_lcm_jax': recipe(config, spec.w_dim)}  # diffusers leaves such keys aside
     changes = {Path(INDEX): index}
     if spec.w_dim:
         changes[Path('unet', 'config.json')] = {'time_cond_proj_dim': spec.w_dim}
     if spec.w_dim and model.family.text_encoders == FAMILIES[LCM].text_encoders:
         index['_class_name'] = LCM  # SDXL's own class takes the guidance input
-    if config.objective != 'denoise':
-        changes[SCHEDULER] = {'_class_name': 'LCMScheduler'}
-        index['scheduler'] = ['diffusers', 'LCMScheduler']
     for file, change in changes.items():
         text = json.dumps(read_json(part / file) | change, indent=2) + '\n'
         (part / file).write_text(text)

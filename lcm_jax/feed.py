@@ -14,7 +14,7 @@ from lcm_jax.data.cache_fill import write_cache
 from lcm_jax.data.loader import loader
 from lcm_jax.data.settings import DataSettings, check_latents
 from lcm_jax.data.sources import open_source
-from lcm_jax.encode import encoder
+from lcm_jax.encode import at_once, encoder
 from lcm_jax.errors import InputError
 from lcm_jax.logs import say
 from lcm_jax.step import DTYPES
@@ -22,6 +22,10 @@ from lcm_jax.tree import digest
 
 MADE_OF = 'made_of.json'  # in a cache's folder
 HOW = ('source', 'threads', 'workers', 'max_dropped')  # what it does not depend on
+FIXED = (  # what a cache holds already
+    *('crop', 'flip', 'buckets', 'caption'),
+    *('min_size', 'max_watermark', 'min_aesthetic', 'max_unsafe'),
+)
 OURS = ('cache', 'validation', 'validation_batches')  # keys of `data` that are read here
 
 
@@ -48,6 +52,17 @@ def check_dtype(source, dtype):
             )
 
 
+def check_fixed(name, settings):
+    """InputError for settings that act when a cache is made, not when it is read."""
+    for key in FIXED:
+        asked, default = getattr(settings, key), getattr(DataSettings, key)
+        if asked != default:
+            raise InputError(
+                f'data.{key} = {asked!r} does nothing here: {name} was encoded already; set it where the '
+                f'cache is made (lcm-jax data cache), and leave it at {default!r} here'
+            )
+
+
 def identity(source):
     """What the order of a source's samples depends on -> their number, digests of names and sizes."""
     names = [source.sample_name(i) for i in range(len(source))]
@@ -70,11 +85,14 @@ class Feed:
         self.held = config.data.validation and self.open('validation', Path(workdir) / 'validation')
         self.loader = self.load(self.source, 0)
         self.sizes = self.loader.shapes  # (height, width) px of each bucket
+        self.size = self.sizes[self.loader.order.counts.argmax()]  # of most samples
 
     def open(self, key, folder):
         """The Source to read that data.`key` names, encoded into `folder` if that is asked for."""
         name = self.config.data[key]
         if not self.config.data.cache or name.startswith('cache:'):
+            if name.startswith('cache:'):
+                check_fixed(name, self.settings)
             source = self.look(key, name)
             check_dtype(source, self.config.dtype)
             return source
@@ -137,7 +155,7 @@ class Feed:
                 self.settings,
                 encode,
                 model=config.model,
-                batch=min(64, len(source)),
+                batch=at_once(self.settings.resolution, len(source)),
                 process=jax.process_index(),
                 processes=jax.process_count(),
                 log=log,

@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190, font_size=13):
     """rows [R] str, columns [C] str (may hold newlines), cells [R][C] PIL images -> one picture.
 
-    notes: [R][C] str, written below the cells.
+    The cells have the shape of the first. notes: [R][C] str, written below them. tile: their width, px.
     """
+    tall = round(tile * cells[0][0].height / cells[0][0].width)
     font = ImageFont.load_default(font_size)
     longest = max(font.getlength(word) for c in columns for word in c.split())
     small = ImageFont.load_default(
@@ -18,7 +19,7 @@ def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190
     )  # each word within its column
     columns = [wrap(c, tile, small) for c in columns]
     head = margin + max(c.count('\n') + 1 for c in columns) * (font_size + 4)
-    pitch = tile + margin + (font_size + 2 if notes else 0)
+    pitch = tall + margin + (font_size + 2 if notes else 0)
     size = label_width + len(columns) * (tile + margin), head + len(rows) * pitch + margin
     out = Image.new('RGB', size, 'white')
     draw = ImageDraw.Draw(out)
@@ -30,7 +31,7 @@ def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190
     for i, name in enumerate(rows):
         y = head + i * pitch
         draw.multiline_text(
-            (margin, y + tile // 2),
+            (margin, y + tall // 2),
             wrap(name, label_width - 2 * margin, font),
             'black',
             font,
@@ -39,10 +40,10 @@ def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190
         )
         for j, picture in enumerate(cells[i]):
             x = label_width + j * (tile + margin)
-            out.paste(picture.resize((tile, tile), Image.Resampling.LANCZOS), (x, y))
-            draw.rectangle((x, y, x + tile - 1, y + tile - 1), outline=(220, 220, 220))
+            out.paste(picture.resize((tile, tall), Image.Resampling.LANCZOS), (x, y))
+            draw.rectangle((x, y, x + tile - 1, y + tall - 1), outline=(220, 220, 220))
             if notes:
-                draw.text((x + tile // 2, y + tile + 2), notes[i][j], 'dimgrey', font, anchor='mt')
+                draw.text((x + tile // 2, y + tall + 2), notes[i][j], 'dimgrey', font, anchor='mt')
     return out
 
 

@@ -123,6 +123,8 @@ class Watch:
             return
         self.skipped += 1
         self.bad.append((step, names))
+        said = ', '.join(names[:4])  # of this process: each names its own
+        print(f'step {step} was skipped, loss or gradients are not finite: {said}', flush=True)
         if len(self.bad) > self.most:
             raise InputError(
                 f'{len(self.bad)} steps in a row had a loss or gradients that are not finite; '

@@ -4,14 +4,14 @@ import sys
 
 
 def inspect(args):
-    from lcm_jax.adapters import find
     from lcm_jax.lora_files.describe import inspect_lora
+    from lcm_jax.lora_files.find import find
 
     print(inspect_lora(find(args.file)))
 
 
 def check(args):
-    from lcm_jax.adapters import find
+    from lcm_jax.lora_files.find import find
     from lcm_jax.lora_files.verbs import check_lora
 
     text, dropped = check_lora(find(args.file), args.model, args.target)
@@ -21,14 +21,14 @@ def check(args):
 
 
 def convert(args):
-    from lcm_jax.adapters import find
+    from lcm_jax.lora_files.find import find
     from lcm_jax.lora_files.verbs import convert_lora
 
     print(convert_lora(find(args.file), args.out, args.model, args.dialect))
 
 
 def merge(args):
-    from lcm_jax.adapters import find, term
+    from lcm_jax.lora_files.find import find, term
     from lcm_jax.lora_files.verbs import merge_loras
 
     terms = [(find(file), scale) for file, scale in map(term, args.terms)]

@@ -1,14 +1,13 @@
 """Sets of pictures -> their statistics, and the distance of two."""
 
 import contextlib
-import os
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from lcm_jax import metrics
-from lcm_jax.data.files import cache_folder
+from lcm_jax.data.files import cache_folder, keep
 from lcm_jax.data.pairs import batches, content, pairs
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
@@ -33,10 +32,7 @@ def statistics_of(features, source, settings, ids):
         if found.features == seen and found.n == len(ids):
             return found
     found = streamed(features, pairs(source, settings, ids), len(ids), source.name)
-    part = file.with_name(f'.part-{os.getpid()}-{file.name}')
-    file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(part, **found.arrays())
-    os.replace(part, file)
+    keep(file, found.arrays())
     return found
 
 

@@ -15,6 +15,7 @@ from lcm_jax.errors import InputError
 
 EVERY = 1.0  # seconds between two looks
 LOST = 60.0  # seconds of silence after which a process is given up; JAX itself aborts after 100
+WEEK = 7 * 24 * 3600.0  # seconds; what one process does while others wait may take hours
 FAILED, ALIVE = 'lcm_jax/failed', 'lcm_jax/alive'  # folders of the key-value store
 DONE = 'done'
 LINKS = 'Gloo|NCCL'  # what speaks of a collective whose other end is gone
@@ -31,10 +32,11 @@ def store():
     return global_state.client if jax.process_count() > 1 else None
 
 
-def meet(name, seconds=7200.0):
+def meet(name, seconds=WEEK):
     """Until all processes have come here, without a collective of their devices; once for each name.
 
-    Raises jax.errors.JaxRuntimeError when one of them has not come in that time.
+    `Peers` sees to it that none waits for one that is gone. Raises jax.errors.JaxRuntimeError when one of
+    them has not come in that time.
     """
     if store():
         store().wait_at_barrier(f'lcm_jax/{name}', int(1000 * seconds))

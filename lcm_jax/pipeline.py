@@ -123,10 +123,11 @@ class Pipeline:
         return height // vae.factor, width // vae.factor, vae.latent_channels
 
     def add_lora(self, file, name=None, scale=1.0):
-        """Add a LoRA file ('lcm': the shipped one) under `name`, default its stem, at `scale`.
+        """Add a LoRA under `name`, default its stem, at `scale`.
 
-        It counts as an acceleration LoRA, which changes the defaults of drawing, if its metadata
-        says so or `name` contains 'lcm'. Raises InputError unless the whole of it fits the model.
+        file: .safetensors, a folder or hub id with one, 'lcm' or 'fluent' (shipped). It counts as an
+        acceleration LoRA, which changes the defaults of drawing, if its metadata says so or a name
+        of it contains 'lcm', see `accelerates`. Raises InputError unless all of it fits the model.
         """
         name = name or Path(file).stem
         if name in self.adapters:
@@ -211,9 +212,9 @@ class Pipeline:
 
         sampler: a key of samplers.SAMPLERS; steps: how many network steps; spacing: a key of
         samplers.SPACINGS, or timesteps: falling list of ints, in place of the sampler's own.
-        guidance has diffusers' meaning (1: none). The default is 'lcm' with 4 steps if an
-        acceleration LoRA is loaded (guidance 1) or the model is an LCM, 'ddim' with 50 steps and
-        the family's guidance otherwise.
+        guidance has diffusers' meaning (1: none). The default is 'lcm' with 4 steps and guidance 1
+        if an acceleration LoRA is loaded or the model is an LCM (one that takes guidance as an
+        input: the family's), 'ddim' with 50 steps and the family's guidance otherwise.
 
         size: (height, width) px; default the image's, rounded down to what fits, or the model's.
         original_size, crop, target_size: SDXL's micro-conditioning; default size, (0, 0), size.

@@ -1,4 +1,4 @@
-"""Pictures that a run draws of itself: fixed prompts and noise, from the live parameters."""
+"""Pictures that a run draws of itself: fixed prompts and noise, from what it would export."""
 
 import json
 import os
@@ -22,12 +22,15 @@ class Preview:
     """Draws with what is trained, beside the teacher and the base, whose pictures it keeps in `file`.
 
     told: {'cond', 'null'} of the prompts, in numpy; vae: its parameters, on the host while nothing
-    is drawn; size: (height, width) px. All processes call it alike, and each gets all pictures.
+    is drawn; size: (height, width) px; made_of: {name: value} of all else that those pictures depend on.
+    All processes call it alike, and each gets all pictures.
     """
 
-    def __init__(self, model, program, mesh, config, *, told, vae, size, file):
+    def __init__(self, model, program, mesh, config, *, told, vae, size, file, made_of):
         self.model, self.config, self.mesh = model, config, mesh
         self.told, self.vae, self.file = told, vae, Path(file)
+        self.made_of = config.to_dict() | made_of | {'size': size}
+        self.tile = max(96, min(256, size[1]))
         factor, n = model.specs['vae'].factor, len(config.prompts)
         shape = (n, *(side // factor for side in size), model.specs['vae'].latent_channels)
         self.shape, self.program, self.programs = shape, program, {}
@@ -40,17 +43,17 @@ class Preview:
         )
 
     def references(self, base, frozen):
-        """Draw what all is compared with, unless the file has it, drawn with the same settings.
+        """Draw what all is compared with, unless the file has it, made of the same.
 
         base: parameters as at step 0.
         """
-        c, settings = self.config, json.dumps(self.config.to_dict(), sort_keys=True)
+        c, settings = self.config, json.dumps(self.made_of, sort_keys=True)
         if self.file.is_file():
             with np.load(self.file) as found:
                 if str(found.get('settings')) == settings:
                     self.teacher, self.base = found['teacher'], found['base']
                     return
-            say(f'preview.* is not what {self.file} was drawn with: it is drawn again')
+            say(f'{self.file} was drawn with another model or other settings: it is drawn again')
         self.teacher = self.draw(base, frozen, 'ddim', c.teacher_steps, c.teacher_guidance)
         self.base = self.draw(base, frozen, c.sampler, c.steps, c.guidance)
         if jax.process_index() == 0:
@@ -75,7 +78,7 @@ class Preview:
             [Image.fromarray(x) for x in row]
             for row in zip(self.teacher, self.base, live, strict=True)
         ]
-        return np.asarray(grid(list(c.prompts), columns, cells)), {
+        return np.asarray(grid(list(c.prompts), columns, cells, tile=self.tile)), {
             'distance': float(np.sqrt(np.mean(error**2))),
             'changed': float(changed.mean()),
         }

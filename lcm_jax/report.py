@@ -163,5 +163,5 @@ def picture_grid(folder, rows, prompts):
         prompts,
         [f'{r["label"]}\n{r["steps"]}' for r in rows],
         list(zip(*columns, strict=True)),
-        tile=80,
+        tile=max(80, min(160, side)),
     )

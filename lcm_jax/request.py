@@ -16,13 +16,12 @@ def manner(sampler, guidance, negative, *, lora, embedded, default):
     the model's guidance. Warns of settings that spoil pictures or have no effect.
     """
     sampler = sampler or ('lcm' if lora or embedded else 'ddim')
+    inside = (lora or sampler == 'lcm') and not embedded  # guidance is in the weights already
     if guidance is None:
-        guidance = 1 if lora and not embedded else default
-    if lora and not embedded and guidance > 2:
-        warnings.warn(
-            f'guidance {guidance:g} with an acceleration LoRA burns pictures; use 1 to 2',
-            stacklevel=3,
-        )
+        guidance = 1 if inside else default
+    if inside and guidance > 2:
+        what = 'an acceleration LoRA' if lora else 'the LCM sampler'
+        warnings.warn(f'guidance {guidance:g} with {what} burns pictures; use 1 to 2', stacklevel=3)
     guided = guidance > 1 and not embedded
     if negative and not guided:
         why = (

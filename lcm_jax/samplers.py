@@ -147,9 +147,11 @@ def lcm_spacing(n, total=1000, original=DISTILLED_STEPS, strength=1.0):
     """
     times = np.arange(1, int(original * strength) + 1) * (total // original) - 1
     if n > len(times):
+        least = min(1, (n + 0.5) / original)
+        enough = f'; strength {least:g} has room for {n}' if n <= original else ''
         raise InputError(
             f'{n} LCM steps; at most {len(times)} at strength {strength} '
-            f'(distilled on {original} times)'
+            f'(distilled on {original} times){enough}'
         )
     return times[::-1][np.floor(np.linspace(0, len(times), n, endpoint=False)).astype(int)]
 

@@ -49,8 +49,9 @@ def make_mesh(data=-1, fsdp=1, tensor=1, dcn=1, devices=None):
     """-> Mesh of axes 'data', 'fsdp' and 'tensor' over `devices` (all there are).
 
     One size may be -1: as many as are left. dcn: how many groups of devices (TPU slices; processes
-    elsewhere) are joined by a slower network; they divide 'data', which alone crosses it. Raises
-    InputError for sizes that do not multiply to the number of devices.
+    elsewhere) are joined by a slower network, at least as many as the devices say themselves; they divide
+    'data', which alone crosses it. Raises InputError for sizes that do not multiply to the number of
+    devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
@@ -65,6 +66,7 @@ def make_mesh(data=-1, fsdp=1, tensor=1, dcn=1, devices=None):
             'sizes must multiply to that'
         )
     shape, slices = tuple(sizes.values()), {getattr(d, 'slice_index', 0) for d in devices}
+    dcn = max(dcn, len(slices))
     if sizes['data'] % dcn or (len(slices) > 1 and dcn % len(slices)):
         raise InputError(
             f'dcn = {dcn}: must divide data = {sizes["data"]}, and be a multiple of the '
@@ -188,7 +190,7 @@ CLUSTERS = (
     ('JAX', lambda env: 'JAX_COORDINATOR_ADDRESS' in env),
     ('TPU slices', lambda env: 'MEGASCALE_COORDINATOR_ADDRESS' in env),
     ('TPU hosts', lambda env: len(_hosts(env.get('TPU_WORKER_HOSTNAMES', ''))) > 1),
-    ('Slurm', lambda env: int(env.get('SLURM_NTASKS', 1)) > 1),
+    ('Slurm', lambda env: int(env.get('SLURM_NTASKS', 1)) > 1 and 'SLURM_STEP_NODELIST' in env),
     ('Open MPI', lambda env: int(env.get('OMPI_COMM_WORLD_SIZE', 1)) > 1),
 )
 
@@ -235,6 +237,7 @@ def gathered(blob):
         return [blob]
     from jax.experimental import multihost_utils
 
+    wait('gathered')  # a collective may wait for 30 s only (on CPUs)
     sizes = multihost_utils.process_allgather(np.array(len(blob))).tolist()
     padded = np.zeros(max(*sizes, 1), np.uint8)
     padded[: len(blob)] = np.frombuffer(blob, np.uint8)
@@ -243,11 +246,10 @@ def gathered(blob):
 
 
 def alike(what, said):
-    """InputError, in all processes, unless they say the same of `what`; asked once for each.
+    """InputError, in all processes, unless they say the same of `what`.
 
     said: {name: value, as JSON has it}, of this process.
     """
-    meet(f'alike: {what}')  # a collective may wait for 30 s only (on CPUs)
     told = [json.loads(blob) for blob in gathered(json.dumps(said).encode())]
     lines = []
     for name in dict.fromkeys(name for one in told for name in one):

@@ -141,6 +141,11 @@ def check(config, groups):
         choose(key, values[part][name], table)
     if c.best == 'validation' and not config.data.validation:
         raise InputError("train.best = 'validation' needs a source in data.validation")
+    if c.best == 'distance' and config.objective == 'denoise':
+        raise InputError(
+            "train.best = 'distance' is that to the base's pictures, from which objective 'denoise' "
+            "leads away; give 'validation', with a source in data.validation, or ''"
+        )
     if not 0 <= c.ema_decay < 1:
         raise InputError(f'train.ema_decay = {c.ema_decay}; from 0 (no average) to below 1')
     averaged = 'ema' in (config.distill.target, config.export.weights)

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from lcm_jax import metrics
-from lcm_jax.adapters import term
 from lcm_jax.errors import InputError
 from lcm_jax.features import open_features
 from lcm_jax.grid import grid
+from lcm_jax.lora_files.find import term
 from lcm_jax.pipeline import Pipeline
 
 SCALES = 0.0, 0.25, 0.5, 0.75, 1.0

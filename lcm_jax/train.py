@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import aot, flags, loop, sharding
@@ -48,8 +49,8 @@ def run(config, workdir):
     feed = Feed(model, config, mesh, workdir)
     recipe |= {'samples': feed.samples['source']}
     with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
-        step = Steps(prog, mesh, c.seed, feed.sizes[0])  # before the weights take the memory
-        there = place(model, prog, config, mesh, feed.sizes[0])
+        step = Steps(prog, mesh, c.seed, feed.size)  # before the weights take the memory
+        there = place(model, prog, config, mesh, feed.size)
         state, there = there.state, there._replace(state=None)
         preview = Preview(
             model,
@@ -58,8 +59,10 @@ def run(config, workdir):
             config.preview,
             told=there.told,
             vae=there.vae,
-            size=feed.sizes[0],
+            size=feed.size,
             file=workdir / 'preview' / 'references.npz',
+            made_of={k: recipe[k] for k in ('model', 'weights', 'dtype', 'vae_dtype')}
+            | {'null': config.distill.null},
         )
         preview.references(state.params, there.frozen)
         if saves.step is not None:
@@ -70,7 +73,7 @@ def run(config, workdir):
             say(f'going on from step {int(state.step)} in {workdir}')
         with Writer(workdir, int(state.step)) as writer, Stop(int(state.step)) as stop:
             out = Outputs(config, model, prog, feed, preview, step, saves, writer, workdir)
-            meter = Meter(writer, prog.rate, c.batch, step.flops(feed.sizes[0]))
+            meter = Meter(writer, prog.rate, c.batch, step.flops(feed.size))
             state = loop.fit(
                 step,
                 state,
@@ -118,8 +121,9 @@ def place(model, prog, config, mesh, size):
     homes = {part: sharding.homes(prog.frozen[part]) for part in kept}
     frozen = model.load(kept, dtypes, homes) | {'null': jax.tree.map(put, null)}
     base = frozen.get('unet')
-    if base is None:
-        base = model.load(['unet'], dtypes, sharding.replicated(mesh))['unet']
+    if base is None or not prog.student.alphas:  # what is trained starts as precise as the file
+        home = homes.get('unet', sharding.replicated(mesh))
+        base = model.load(['unet'], dtypes | {'unet': jnp.float32}, {'unet': home})['unet']
 
     def start(seed, base):
         params = prog.student.init(jax.random.key(seed), base)

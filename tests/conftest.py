@@ -158,3 +158,13 @@ def lora_file(random_folder, tmp_path_factory):
     """A LoRA for the random folder."""
     params = open_model(random_folder).shapes('unet')
     return write_random_lora(params, tmp_path_factory.mktemp('lora') / 'style.safetensors')
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the hub's client, offline."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    return tmp_path / 'hub'

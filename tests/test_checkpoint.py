@@ -431,16 +431,6 @@ def cached(folder, cache, name='models--someone--tiny', commit='a' * 40):
     (root / 'refs/main').write_text(commit)
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty cache of the hub's client, offline."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    return tmp_path / 'hub'
-
-
 def test_hub_ids_from_the_cache(folder, expected, hub):
     cached(folder, hub)
     ckpt = open_model('someone/tiny')

@@ -1,5 +1,6 @@
 """Models and LoRA files from form to form: to the last bit, every file, all or nothing."""
 
+import json
 import shutil
 
 import jax
@@ -7,11 +8,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+from diffusers import LCMScheduler, StableDiffusionPipeline
 
-from lcm_jax.adapters import LORAS
 from lcm_jax.checkpoint import open_model
 from lcm_jax.convert import FORMS, convert
 from lcm_jax.errors import InputError
+from lcm_jax.lora_files.find import LORAS
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.single import MODEL
 from lcm_jax.tensors import read_tensors, write_tensors
@@ -240,6 +242,18 @@ def test_loras_are_merged_in(random_folder, lora_file, tmp_path):
     for x, y in zip(*(jax.tree.leaves(t) for t in (live.params, file.params)), strict=True):
         changed += not np.array_equal(x, y)
     assert changed == len(live.adapters['a'].loras['unet'])
+
+
+def test_a_model_with_an_acceleration_lora_in_it_says_so(random_folder, lora_file, tmp_path):
+    fast = shutil.copy(lora_file, tmp_path / 'my_lcm.safetensors')
+    said = convert(random_folder, tmp_path / 'fast', to='diffusers', loras=[(fast, 1.0)])
+    assert said.endswith('; it draws in 2 to 8 steps of the LCM sampler, at guidance 1')
+    index = json.loads((tmp_path / 'fast' / 'model_index.json').read_text())
+    assert index['scheduler'] == ['diffusers', 'LCMScheduler']
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / 'fast', safety_checker=None)
+    assert isinstance(theirs.scheduler, LCMScheduler)
+    assert Pipeline.load(tmp_path / 'fast').schedule.few_steps
+    assert not Pipeline.load(random_folder).schedule.few_steps
 
 
 def test_a_lora_that_does_not_fit_leaves_nothing(random_folder, tmp_path):

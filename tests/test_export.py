@@ -151,3 +151,5 @@ def test_a_part_of_the_unet_is_trained(model, tmp_path, objective, kind):
 def test_only_what_the_objective_used_is_recorded(model, objective, w_dim, said):
     config = flags.parse(runs.arguments(model, 'unused', {'objective': objective}))[0]
     assert export.recipe(config, w_dim) == {'objective': objective} | said
+    config.distill.w = 'script'
+    assert export.recipe(config, w_dim).get('w') == ('5:15' if 'w' in said else None)

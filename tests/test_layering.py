@@ -28,7 +28,7 @@ LAYERS = [
     models.clip models.unet models.vae models.inception models.lpips
     models.tiny
     models.configs models.shapes models.zoo distill lora_files.dialects conditioning images
-    encode data.pictures resize
+    encode data.pictures resize lora_files.find
     data.loader
     data.cache_fill data.pairs
     data.check

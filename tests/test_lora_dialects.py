@@ -84,7 +84,8 @@ def test_what_other_programs_drop(dialect, model, program, lost):
 
 @pytest.mark.parametrize('dialect', DIALECTS)
 @pytest.mark.parametrize(
-    ('mine', 'model'), [('sdxl', 'sd15'), ('sd15', 'sdxl'), ('sdxl', 'ssd1b'), ('sd15', 'sd21')]
+    ('mine', 'model'),
+    [('sdxl', 'sd15'), ('sd15', 'sdxl'), ('sdxl', 'ssd1b'), ('ssd1b', 'sdxl'), ('sd15', 'sd21')],
 )
 def test_a_lora_for_another_base_is_refused(dialect, mine, model):
     file = DIALECTS[dialect](lora_dialects.peft({'unet': full_size(mine)['unet']}))

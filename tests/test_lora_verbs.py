@@ -15,7 +15,7 @@ from lcm_jax.errors import InputError
 from lcm_jax.lora_files import algebra, describe, verbs
 from lcm_jax.lora_files.files import read_lora, write_lora
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.tensors import read_tensors, write_tensors
+from lcm_jax.tensors import open_tensors, read_tensors, write_tensors
 from lcm_jax.tree import named
 
 WEIGHTS = {
@@ -105,6 +105,14 @@ def test_check(random_folder, models, tmp_path):
         verbs.check_lora(file, random_folder, 'comfy')
 
 
+def test_a_sum_with_an_acceleration_lora_is_one(random_folder, models, tmp_path):
+    style, fast = (foreign(models, 'peft', tmp_path / name, 1) for name in ('style', 'my-lcm'))
+    for scale, marked in ((1.0, 'true'), (0.0, None)):
+        out = tmp_path / f'sum{scale}.safetensors'
+        verbs.merge_loras([(style, 1.0), (fast, scale)], out, random_folder)
+        assert open_tensors(out)[1].get('lcm_jax.accelerates') == marked
+
+
 def test_merge_is_the_exact_sum(random_folder, models, tmp_path):
     files = [
         foreign(models, d, tmp_path / d, rank, seed=rank)
@@ -120,6 +128,7 @@ def test_merge_is_the_exact_sum(random_folder, models, tmp_path):
     }
     got = deltas(out, models)
     assert got.keys() == want.keys() and relative(got, want) < 1e-3  # the file is float16
+    assert 'lcm_jax.accelerates' not in open_tensors(out)[1]
     # Down to rank 2: the error is that of the SVD of every full update.
     said = verbs.merge_loras(terms, out, random_folder, rank=2)
     left = [np.linalg.svd(matrix(x), compute_uv=False)[2:] for x in want.values()]

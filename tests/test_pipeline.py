@@ -19,6 +19,7 @@ from lcm_jax.draw import draw
 from lcm_jax.errors import InputError
 from lcm_jax.grid import pixels
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.request import manner
 from lcm_jax.tensors import read_tensors, write_tensors
 
 PROMPTS = ['red heart, noto emoji', 'grinning cat, twemoji']
@@ -225,6 +226,10 @@ def test_an_acceleration_lora_sets_the_defaults_and_warns(pipe, lora_file, tmp_p
     assert (pixels(fast) == pixels(same)).all()
     with pytest.warns(UserWarning, match='guidance 7.5 with an acceleration LoRA'):
         pipe(PROMPTS[0], **QUICK | {'guidance': 7.5})
+    with pytest.warns(UserWarning, match='guidance 7.5 with the LCM sampler burns'):
+        manner('lcm', 7.5, None, lora=False, embedded=False, default=7.5)
+    assert manner('lcm', None, None, lora=False, embedded=False, default=7.5) == ('lcm', 1, False)
+    assert manner(None, None, None, lora=False, embedded=True, default=7.5) == ('lcm', 7.5, False)
     with pytest.warns(UserWarning, match='negative prompt has no effect at guidance 1'):
         pipe(PROMPTS[0], **QUICK, negative='sad')
     pipe.remove_lora('my-lcm')

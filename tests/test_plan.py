@@ -97,8 +97,9 @@ def test_topologies():
     ):
         devices = devices_of(name)
         assert len(devices) == n and chip(devices[0]) == CHIPS[kind]
-    mesh = sharding.make_mesh(dcn=2, fsdp=2, devices=devices)
-    assert {d.slice_index for d in mesh.devices[:2].flat} == {0}
+    for dcn in (1, 2):  # the devices say themselves that they are two slices
+        mesh = sharding.make_mesh(dcn=dcn, fsdp=2, devices=devices)
+        assert {d.slice_index for d in mesh.devices[:2].flat} == {0}
     for name in ('v5e:3x', 'h100', 'x*v5e:2x2'):
         with pytest.raises(InputError, match='v5e:4x4'):
             devices_of(name)

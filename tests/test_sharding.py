@@ -132,7 +132,8 @@ def test_fsdp_divides_nearly_everything(name):
         ({'TPU_WORKER_HOSTNAMES': 'WARNING: could not determine, please set it'}, None),
         ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 'TPU hosts'),
         ({'MEGASCALE_COORDINATOR_ADDRESS': 'a'}, 'TPU slices'),
-        ({'SLURM_NTASKS': '2'}, 'Slurm'),
+        ({'SLURM_NTASKS': '2'}, None),  # a shell of sbatch or salloc
+        ({'SLURM_NTASKS': '2', 'SLURM_STEP_NODELIST': 'n[1-2]'}, 'Slurm'),
         ({'OMPI_COMM_WORLD_SIZE': '2'}, 'Open MPI'),
     ],
 )

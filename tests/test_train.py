@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import runpy
 import shutil
 import tokenize
@@ -117,6 +118,7 @@ def test_every_key_is_read(model, tmp_path, monkeypatch):
             'objective': 'denoise',
             'data.validation': 'synthetic:8',
             'data.validation_batches': 1,
+            'train.best': 'validation',
         },
         'full': {'trains': 'full', 'data.cache': True},
     }.items():
@@ -179,6 +181,12 @@ def test_command_lines_that_lack_something(tmp_path):
         ({'lora__rank': 0}, r'lora\.rank = 0; it must be at least 1'),
         ({'data__validation_batches': 0}, 'validation_batches = 0; it must be at least 1'),
         ({'train__decay': True, 'train__warmup': 6}, 'must be less'),
+        ({'objective': 'denoise'}, "'distance' is that to the base's pictures"),
+        (
+            {'data__source': 'cache:x', 'data__flip': True},
+            'data.flip = True does nothing here: cache:x',
+        ),
+        ({'data__source': 'cache:x', 'data__min_size': 9}, 'leave it at 0 here'),
         ({'train__remat': 'block'}, 'blocks'),
         ({'trains': 'full', 'full__trainable': 'to_quack'}, 'to_quack'),
         ({'mesh__fsdp': 3}, 'mesh'),
@@ -303,10 +311,12 @@ def test_a_step_that_is_not_finite_changes_nothing(model, cached, poison, monkey
     assert all(np.isfinite(x).all() for x in runs.exported(cached).values())
 
 
-def test_many_such_steps_in_a_row_end_the_run(model, cached, poison):
+def test_many_such_steps_in_a_row_end_the_run(model, cached, poison, capsys):
     poison(range(40))
     with pytest.raises(InputError, match=r'3 steps in a row .* not finite; step 1: 0000\d{4}, '):
         runs.run(model, cached, data__cache=True, train__max_skipped=2)
+    said = capsys.readouterr().out
+    assert re.search(r'step 1 was skipped, loss or gradients are not finite: 0000\d{4}, ', said)
 
 
 def test_skipped_steps_are_counted_on_after_a_resume():
@@ -448,6 +458,20 @@ def test_the_best_is_known_after_a_resume(model, stopped):
     runs.run(model, stopped, train__steps=8)
     runs.same(first, runs.exported(stopped, 'lora_best'))
     assert runs.checkpoints(stopped)[0] == [2, 6, 8]
+
+
+def test_pictures_of_another_model_are_drawn_again(model, stopped, capsys):
+    """A folder that a run was begun in by mistake: its references are no measure of another model."""
+    file = stopped / 'preview' / 'references.npz'
+    with np.load(file) as found:
+        kept = dict(found)
+    made_of = json.loads(str(kept['settings'])) | {'model': 'another'}
+    np.savez(file, **kept | {'teacher': 0 * kept['teacher'], 'settings': json.dumps(made_of)})
+    capsys.readouterr()
+    runs.run(model, stopped, train__steps=8)
+    assert f'{file} was drawn with another model' in capsys.readouterr().out
+    with np.load(file) as found:
+        assert all(np.array_equal(found[k], x) for k, x in kept.items())
 
 
 def test_a_run_says_what_its_sources_leave_out(model, tmp_path, capsys):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zipfile import BadZipFile
@@ -189,18 +190,18 @@ def kept(url, index_one, caption):
     start = time.monotonic()
     index = index_one(url, caption)
     if not index.cut and time.monotonic() - start >= KEEP_AFTER:  # reading may go better next time
-        keep(file, index)
+        columns = index._asdict()
+        lists = {c: columns.pop(c) for c in LISTS}
+        keep(file, columns | {'lists': json.dumps(lists)})
     return index
 
 
-def keep(file, index):
-    """Write an index; it appears whole. A folder that cannot be written is no reason to stop."""
-    columns = index._asdict()
-    lists = {c: columns.pop(c) for c in LISTS}
-    part = file.with_name(f'.part-{os.getpid()}-{file.name}')
-    try:
+def keep(file, arrays):
+    """Write a .npz file of the cache; it appears whole. A folder that cannot be written is no reason to
+    stop.
+    """
+    part = file.with_name(f'.part-{uuid.uuid4().hex}-{file.name}')
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, lists=json.dumps(lists), **columns)
+        np.savez(part, **arrays)
         os.replace(part, file)
-    except OSError:
-        pass

@@ -11,6 +11,9 @@ DEEP = (
     r'(down_blocks_2_attentions_[01]|input_blocks_[78]_1|up_blocks_0_attentions_[01]|'
     r'output_blocks_[01]_1)_transformer_blocks_'
 )
+SHARED = re.compile(  # the one transformer of both that has blocks 4 to 9
+    r'(up_blocks_0_attentions_2|output_blocks_2_1)_transformer_blocks_[4-9]_'
+)
 SDXL_ONLY = re.compile(rf'(mid_block_attentions|middle_block_1)_|{DEEP}[4-9]_')
 
 
@@ -27,5 +30,6 @@ def family(tensors):
             context.add(x.shape[1])
     base = CONTEXT.get(context.pop(), 'unknown') if len(context) == 1 else 'unknown'
     if base == 'SDXL' and not any(map(SDXL_ONLY.match, names)):
-        return 'SSD-1B' if any(re.match(DEEP, name) for name in names) else 'SDXL or SSD-1B'
+        whole = all(any(re.match(part, name) for name in names) for part in (DEEP, SHARED))
+        return 'SSD-1B' if whole else 'SDXL or SSD-1B'
     return base

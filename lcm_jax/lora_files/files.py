@@ -44,10 +44,15 @@ def read_lora(file, models):
 def place(tensors, config, models, source):
     """{key: array or Tensor} and peft config of a LoRA file -> {component: adapter}.
 
-    Raises InputError as `read_lora` does, naming `source`.
+    Raises InputError as `read_lora` does, naming `source`, and for a LoRA of SSD-1B given to SDXL, which
+    has all of its modules and others between them.
     """
     spots = {part: modules(models[part]) for part in dialects.COMPONENTS if part in models}
     found = locate(tensors, spots, source)
+    if family(tensors) == 'SSD-1B' and any(
+        'mid_block.attentions' in x for x in spots.get('unet', ())
+    ):
+        raise InputError(f'{source}: this model is SDXL{_looks(tensors)}; nothing was loaded')
     options = {part: peft_config.options(config, part, source) for part in spots}
     adapters, bad = defaultdict(dict), defaultdict(list)
     for (component, module), roles in found.items():

@@ -9,6 +9,7 @@ from lcm_jax.checkpoint import open_model
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files import algebra, dialects, peft_config, programs
 from lcm_jax.lora_files.files import locate, modules, place, read_lora, write_lora
+from lcm_jax.lora_files.find import ACCELERATES, accelerates
 from lcm_jax.tensors import open_tensors
 
 ANEW = 'format', 'ss_network_', 'sshs_', peft_config.KEY  # metadata that describes the old form
@@ -69,11 +70,14 @@ def merge_loras(terms, out, model='emoji', rank=None, dialect=None):
     """Write the sum of LoRA files, [(file, scale)], as one file.
 
     Exact, with ranks that add up; given `rank`, every module is brought down to it by SVD, and the
-    relative error of the whole is told. Raises InputError as `convert_lora` does.
+    relative error of the whole is told. A sum with an acceleration LoRA is one, its metadata says.
+    Raises InputError as `convert_lora` does.
     """
     _accept(out, rank)
     models = models_of(model)
-    files = [(read_lora(file, models)[0], scale) for file, scale in terms]
+    read = [(file, *read_lora(file, models), scale) for file, scale in terms]
+    fast = any(accelerates(file, metadata) for file, _, metadata, scale in read if scale)
+    files = [(adapters, scale) for _, adapters, _, scale in read]
     sums = {
         part: algebra.total([(file[part], scale) for file, scale in files if part in file])
         for part in models
@@ -84,7 +88,8 @@ def merge_loras(terms, out, model='emoji', rank=None, dialect=None):
         norms = [algebra.norm(ab) for adapter in sums.values() for ab in adapter.values()]
         sums, errors = _each(functools.partial(algebra.truncated, rank=rank), sums)
         said = f', relative error {algebra.relative(errors, norms):.2e}'
-    write_lora(out, sums, models, alpha=_rank(sums), dialect=dialect)
+    metadata = {ACCELERATES: 'true'} if fast else {}
+    write_lora(out, sums, models, alpha=_rank(sums), dialect=dialect, metadata=metadata)
     return f'wrote {out}: {_count(sums)}, rank {_rank(sums)}{said}'
 
 

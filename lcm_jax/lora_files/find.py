@@ -1,0 +1,69 @@
+"""What users call a LoRA -> its file, and whether it is one that accelerates."""
+
+import re
+from pathlib import Path
+
+from lcm_jax import hub
+from lcm_jax.data.emoji import EMOJI
+from lcm_jax.errors import InputError, nearest
+
+LORAS = {  # shipped
+    'lcm': EMOJI / 'lcm_lora.safetensors',
+    'fluent': EMOJI / 'fluent_lora.safetensors',
+}
+SAVED_AS = 'pytorch_lora_weights.safetensors', 'adapter_model.safetensors'  # by diffusers, by peft
+ACCELERATES = 'lcm_jax.accelerates'  # key of our metadata
+
+
+def find(name):
+    """A LoRA file, a folder or hub id with one, or a key of LORAS -> path. InputError if there is none."""
+    path = Path(LORAS.get(str(name), name))
+    if not path.exists() and path.suffix != '.safetensors' and hub.ID.fullmatch(str(name)):
+        path = hub.download(str(name), needed)
+    if path.is_dir():
+        there = [file.name for file in sorted(path.iterdir())]
+        wanted = [file for file in needed(there) if file.endswith('.safetensors')]
+        if len(wanted) != 1:
+            raise InputError(
+                f'{name} holds {", ".join(wanted) or "no .safetensors file"}; name one LoRA file'
+            )
+        return path / wanted[0]
+    if not path.is_file():
+        raise InputError(
+            f'{str(name)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
+            f'{nearest(name, LORAS)}, nor a file, nor a folder'
+        )
+    return path
+
+
+def needed(names):
+    """All file names of a folder or repository -> those of its LoRA: the usual one, or what there is."""
+    usual = [name for name in SAVED_AS if name in names][:1]
+    yield from usual or (name for name in names if name.endswith('.safetensors'))
+    yield from (name for name in names if name == 'adapter_config.json')
+
+
+def term(text):
+    """'style.safetensors:0.8' -> (file, scale); the scale is 1 if there is none."""
+    file, colon, scale = text.rpartition(':')
+    if not colon or '/' in scale or '\\' in scale:
+        return text, 1.0
+    try:
+        return file, float(scale)
+    except ValueError as e:
+        raise InputError(f'{text}: {scale!r} is no scale; write FILE:SCALE, a number') from e
+
+
+def accelerates(file, metadata, name=''):
+    """Whether a LoRA file is made for few steps without guidance.
+
+    Our metadata says so. Others are known by 'lcm' in `name` or the file's own, or by 'lcm-lora' in
+    its path where the file's name is that of all LoRAs.
+    """
+    file = Path(file).absolute()
+    folders = str(file.parent).lower() if file.name in SAVED_AS else ''
+    return (
+        metadata.get(ACCELERATES) == 'true'
+        or 'lcm' in f'{name} {file.stem}'.lower()
+        or bool(re.search('lcm[-_]lora', folders))
+    )
