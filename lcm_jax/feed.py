@@ -22,10 +22,6 @@ from lcm_jax.tree import digest
 
 MADE_OF = 'made_of.json'  # in a cache's folder
 HOW = ('source', 'threads', 'workers', 'max_dropped')  # what it does not depend on
-FIXED = (  # what a cache holds already
-    *('crop', 'flip', 'buckets', 'caption'),
-    *('min_size', 'max_watermark', 'min_aesthetic', 'max_unsafe'),
-)
 OURS = ('cache', 'validation', 'validation_batches')  # keys of `data` that are read here
 
 
@@ -52,14 +48,17 @@ def check_dtype(source, dtype):
             )
 
 
-def check_fixed(name, settings):
-    """InputError for settings that act when a cache is made, not when it is read."""
-    for key in FIXED:
-        asked, default = getattr(settings, key), getattr(DataSettings, key)
-        if asked != default:
+def check_fixed(source, settings):
+    """InputError for settings that acted when a cache was made, and were others then.
+
+    What is left at its default asks for nothing.
+    """
+    for key, had in (source.encoded or {}).get('fixed', {}).items():
+        asked = getattr(settings, key)
+        if asked not in (had, getattr(DataSettings, key)):
             raise InputError(
-                f'data.{key} = {asked!r} does nothing here: {name} was encoded already; set it where the '
-                f'cache is made (lcm-jax data cache), and leave it at {default!r} here'
+                f'{source.name} was encoded with data.{key} = {had!r}; this run has {asked!r}: make the '
+                f'cache again with it (lcm-jax data cache), or leave it out here'
             )
 
 
@@ -91,9 +90,8 @@ class Feed:
         """The Source to read that data.`key` names, encoded into `folder` if that is asked for."""
         name = self.config.data[key]
         if not self.config.data.cache or name.startswith('cache:'):
-            if name.startswith('cache:'):
-                check_fixed(name, self.settings)
             source = self.look(key, name)
+            check_fixed(source, self.settings)
             check_dtype(source, self.config.dtype)
             return source
         made_of = self.made_of(name)

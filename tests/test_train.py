@@ -182,11 +182,6 @@ def test_command_lines_that_lack_something(tmp_path):
         ({'data__validation_batches': 0}, 'validation_batches = 0; it must be at least 1'),
         ({'train__decay': True, 'train__warmup': 6}, 'must be less'),
         ({'objective': 'denoise'}, "'distance' is that to the base's pictures"),
-        (
-            {'data__source': 'cache:x', 'data__flip': True},
-            'data.flip = True does nothing here: cache:x',
-        ),
-        ({'data__source': 'cache:x', 'data__min_size': 9}, 'leave it at 0 here'),
         ({'train__remat': 'block'}, 'blocks'),
         ({'trains': 'full', 'full__trainable': 'to_quack'}, 'to_quack'),
         ({'mesh__fsdp': 3}, 'mesh'),
@@ -516,6 +511,10 @@ def test_a_cache_of_something_else_is_refused(model, filled, uncompiled):
         ({'data__resolution': 20}, 'data.resolution = 20: must be a multiple of 8'),
         ({'data__source': 'synthetic:41'}, "source = 'synthetic:40' .now 'synthetic:41'"),
         ({'data__flip': True}, 'data.flip = False .now True'),
+        (
+            {'data__source': f'cache:{filled}/cache', 'data__min_size': 9},
+            '/cache was encoded with data.min_size = 0; this run has 9: make the cache again',
+        ),
         (
             {'data__source': f'cache:{filled}/cache', 'dtype': 'bfloat16'},
             "/cache: its context is float32; this run has dtype = 'bfloat16': .* --dtype bfloat16, or",

@@ -42,7 +42,7 @@ def complete(folder):
 class Writer:
     """Writes one process's part: add(...) samples, then close(...). Raises InputError if it is there.
 
-    head: {'model', 'resolution', 'shapes'}, where shapes are the buckets' (height, width) in px.
+    head: {'model', 'resolution', 'shapes', ...}, where shapes are the buckets' (height, width) in px.
     """
 
     def __init__(self, folder, head, process=0, processes=1):

@@ -7,6 +7,11 @@ from lcm_jax.data.loader import One, iterate
 from lcm_jax.data.samples import Drops
 from lcm_jax.errors import InputError
 
+FIXED = (  # settings that act once, when a cache is made
+    *('crop', 'flip', 'buckets', 'caption'),
+    *('min_size', 'max_watermark', 'min_aesthetic', 'max_unsafe'),
+)
+
 
 def write_cache(
     folder, source, tokenizers, settings, encode, *, model, batch, process=0, processes=1, log=None
@@ -25,6 +30,7 @@ def write_cache(
     numbers = range(process, len(source), processes)
     maker = One(source, tuple(tokenizers), settings)
     head = {'model': model, 'resolution': settings.resolution, 'shapes': maker.shapes}
+    head |= {'fixed': {key: getattr(settings, key) for key in FIXED}}
     writer = Writer(folder, head, process, processes)
     waiting, broken, done = [[] for _ in maker.shapes], Drops(), 0
 
