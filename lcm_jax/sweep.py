@@ -10,6 +10,7 @@ from lcm_jax.features import open_features
 from lcm_jax.grid import grid
 from lcm_jax.lora_files.find import term
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.request import manner
 
 SCALES = 0.0, 0.25, 0.5, 0.75, 1.0
 
@@ -41,23 +42,34 @@ def sweep(
         pipe.add_lora(file, scale=scale)
     if kind == 'scale':
         pipe.add_lora(lora)
-    fixed = {'sampler': sampler, 'seed': seed}
-    if any(adapter.accelerates for adapter in pipe.adapters.values()):
-        fixed['sampler'] = sampler or 'lcm'  # even where its scale is 0
-        guidance = guidance or [1.0]
+    fast = any(
+        adapter.accelerates for adapter in pipe.adapters.values()
+    )  # even where its scale is 0
+    sampler, first, _ = manner(
+        sampler,
+        guidance and guidance[0],
+        None,
+        lora=fast or pipe.schedule.few_steps,
+        embedded=bool(pipe.specs['unet'].w_dim),
+        default=pipe.family.guidance,
+    )
     network = open_features(clip)
     texts = network.texts(prompts)
     drawn = {}  # (value, steps) -> pictures [N]
     for value in values:
         if kind == 'scale':
             pipe.set_scale(Path(lora).stem, value)
-        by = (guidance or [None])[0] if kind == 'scale' else value
+        by = first if kind == 'scale' else value
         for n in steps:
-            drawn[value, n] = pipe(prompts, steps=n, guidance=by, **fixed)
+            drawn[value, n] = pipe(prompts, steps=n, guidance=by, sampler=sampler, seed=seed)
     scores = {
         cell: metrics.cosines(network.images(pictures), texts) for cell, pictures in drawn.items()
     }
-    return shown(prompts, kind, values, steps, drawn, scores), table(kind, values, steps, scores)
+    said = f'CLIP score by {network.identity}, mean of {len(prompts)} prompts; sampler {sampler}, seed {seed}'
+    if kind == 'scale':
+        said += f', guidance {first:g}'
+    lines = [said, '', *table(kind, values, steps, scores)]
+    return shown(prompts, kind, values, steps, drawn, scores), lines
 
 
 def tried(lora, scales, guidance):

@@ -416,6 +416,7 @@ def test_sweep_draws_a_row_for_each_scale(tmp_path, capsys):
         ]
     )
     said = capsys.readouterr().out
+    assert '1 prompts; sampler lcm, seed 0, guidance 1\n' in said
     assert '| scale 0 |' in said and '| scale 1 |' in said
     pipe = Pipeline.load('emoji')  # at scale 0 the sampler is still the LoRA's
     prompts = ['red heart, noto emoji']

@@ -1,6 +1,10 @@
 """Imports inside the package run strictly downward, and torch and tensorflow stay outside it."""
 
 import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,6 +92,22 @@ def test_imports_run_downward(module):
         if package == 'lcm_jax':
             target = own(name)
             assert RANK[target] < RANK[module], f'{module} imports {target}, which is not below it'
+
+
+def test_what_is_imported_is_required():
+    """An installation without the extra of the tests has all of it."""
+    project = tomllib.loads((ROOT.parent / 'pyproject.toml').read_text())['project']
+    extras = project['optional-dependencies']
+    required = {
+        re.match(r'[\w-]+', line)[0].lower().replace('_', '-')
+        for line in project['dependencies'] + extras['tfds'] + extras['tpu']
+    }
+    of = importlib.metadata.packages_distributions()
+    tops = {name.split('.')[0] for file in FILES.values() for name in imported(file)}
+    assert 'flax' in tops
+    for top in tops - sys.stdlib_module_names - {'lcm_jax'}:
+        mine = {name.lower().replace('_', '-') for name in of[top]}
+        assert mine & required, f'{top} is of {mine}, which pyproject.toml does not require'
 
 
 @pytest.mark.parametrize('package', PACKAGES)
