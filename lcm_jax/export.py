@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import weights
-from lcm_jax.checkpoint import INDEX
+from lcm_jax.checkpoint import INDEX, open_folder
 from lcm_jax.convert import few_step, write_diffusers
 from lcm_jax.distill import OBJECTIVES, w_range
 from lcm_jax.errors import InputError, choose
@@ -81,7 +81,8 @@ def export_folder(folder, trained, model, spec, config):
     """-> folder: the base model with this UNet in float32; a full LCM as diffusers' LCM
     pipeline, where it has one for the family.
 
-    It takes the place of a model that is there; InputError for a folder of anything else.
+    It takes the place of a model that is there; InputError for a folder of anything else, and unless
+    the UNet reads back from the disk as it was written.
     """
     if folder.exists() and not (folder / INDEX).is_file():
         raise InputError(f'{folder} is there and holds no model: give another export.name')
@@ -104,6 +105,10 @@ def export_folder(folder, trained, model, spec, config):
     for file, change in changes.items():
         text = json.dumps(read_json(part / file) | change, indent=2) + '\n'
         (part / file).write_text(text)
+    back = open_folder(part).tensors('unet')
+    for key, x in found['unet'].items():
+        if not np.array_equal(np.array(back[key]), np.array(x)):
+            raise InputError(f'{part}: unet {key} does not read back as it was written')
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     return folder

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import diffusers
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import runs
 import tiny
 from random_model import write_model
+from safetensors.numpy import load_file, save_file
 
 from lcm_jax import export, flags, step, train
 from lcm_jax.errors import InputError
@@ -101,6 +103,33 @@ def test_a_full_lcm_opens_here_and_in_diffusers(model, tmp_path):
         original_inference_steps=50, latents=latents, output_type='np',
     ).images  # fmt: skip
     assert picture.shape == (1, 16, 16, 3) and np.isfinite(picture).all()
+
+
+@pytest.mark.parametrize('objective', ['lcm', 'lcf'])
+def test_what_is_trained_starts_as_precise_as_the_file(model, tmp_path, objective):
+    """Though the frozen networks are in bfloat16."""
+    changes = {'objective': objective, 'dtype': 'bfloat16', 'train__steps': 0}
+    out = runs.run(model, tmp_path, trains='full', **changes)
+    file = Path('unet', 'diffusion_pytorch_model.safetensors')
+    got, want = load_file(out / file), load_file(model / file)
+    for key, x in want.items():
+        np.testing.assert_array_equal(got[key], x, err_msg=key)
+    assert any(np.any(x != x.astype(jnp.bfloat16)) for x in want.values())
+
+
+def test_a_model_that_does_not_read_back_is_not_left(model, tmp_path, monkeypatch):
+    def damaged(ckpt, found, folder):
+        write(ckpt, found, folder)
+        file = folder / 'unet' / 'diffusion_pytorch_model.safetensors'
+        tensors = load_file(file)
+        tensors['conv_in.bias'] = tensors['conv_in.bias'] + 1
+        save_file(tensors, file)
+
+    write = export.write_diffusers
+    monkeypatch.setattr(export, 'write_diffusers', damaged)
+    with pytest.raises(InputError, match=r'unet conv_in\.bias does not read back'):
+        runs.run(model, tmp_path, trains='full', train__steps=0)
+    assert not (tmp_path / 'lora').exists()
 
 
 def test_a_full_lcm_with_two_text_encoders_opens_here_and_in_diffusers(tmp_path):
