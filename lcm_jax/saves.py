@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -65,6 +66,24 @@ def set_aside(folder):
         say(f'{step} is damaged: {faults[step]}; it is left out, as {aside.name}')
 
 
+def check_renames(folder):
+    """InputError where folders cannot be made and renamed, as every checkpoint is once it is whole."""
+    probe, moved = (folder / f'.probe-{name}' for name in ('new', 'moved'))
+    try:
+        for one in (probe, moved):  # of a run that was killed
+            shutil.rmtree(one, ignore_errors=True)
+        probe.mkdir(parents=True)
+        (probe / 'file').write_bytes(b'x')
+        probe.rename(moved)
+        shutil.rmtree(moved)
+    except OSError as e:
+        raise InputError(
+            f'{folder}: checkpoints cannot be kept there, as folders cannot be made or renamed ({e}); '
+            'a bucket must be mounted so that they can: gcsfuse --rename-dir-limit=1000, or one with '
+            'a hierarchical namespace'
+        ) from e
+
+
 class Best(keep_policy.PreservationPolicy):
     """Keeps the checkpoint of the lowest value(step, metrics), the first of several; none of inf."""
 
@@ -82,13 +101,15 @@ class Saves:
 
     recipe: the run's config, {'train': {'lr': value}, ...}, and what its model's weights and its
     samples are known by, {'weights': ..., 'samples': ...}; kept beside the state. Every process
-    calls `save`. Raises InputError when what is there is of another recipe, or all of it damaged.
+    calls `save`. Raises InputError when what is there is of another recipe, or all of it damaged, and for a
+    folder in which none can be renamed.
     """
 
     def __init__(self, folder, recipe, *, keep=2, best=''):
         self.folder, self.recipe, self.metric = Path(folder).resolve(), flat(recipe), best
         self.strange = set()  # steps whose metrics are not comparable with those of now
         if jax.process_index() == 0:
+            check_renames(self.folder)
             set_aside(self.folder)
         meet('checkpoints')  # the others look after that
         policies = [keep_policy.LatestN(keep)]

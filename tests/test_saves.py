@@ -55,6 +55,15 @@ def two(tmp_path_factory):
     return folder
 
 
+def test_a_folder_where_none_can_be_renamed_is_refused(tmp_path, monkeypatch):
+    def rename(self, target):
+        raise OSError(24, 'Too many open files')
+
+    monkeypatch.setattr('pathlib.Path.rename', rename)
+    with pytest.raises(InputError, match=r'Too many open files\); a bucket must be mounted'):
+        saves(tmp_path / 'checkpoints')
+
+
 @pytest.fixture
 def folder(two, tmp_path):
     return shutil.copytree(two, tmp_path / 'checkpoints')
