@@ -9,7 +9,6 @@ training, share the drawing.
 
 import dataclasses
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from lcm_jax import flags, judge, report, sharding
 from lcm_jax.artist import MADE_OF, Artist, illustrate
+from lcm_jax.atomic import whole, write_json
 from lcm_jax.cells import planned, slug
 from lcm_jax.data.pairs import pairs, picked
 from lcm_jax.data.settings import DataSettings
@@ -26,7 +26,7 @@ from lcm_jax.data.sources import open_source
 from lcm_jax.features import open_features, open_lpips
 from lcm_jax.logs import say
 from lcm_jax.measure import statistics_of
-from lcm_jax.peers import Peers
+from lcm_jax.peers import Peers, meet
 
 
 def run(config, workdir):
@@ -54,10 +54,10 @@ def run(config, workdir):
         results.append({'set': name, 'source': source, 'rows': rows, 'folder': slug(name)})
     results = {'protocol': protocol(config, networks, real), 'sets': results}
     if jax.process_index() == 0:
-        write(workdir / 'results.json', results)
+        write_json(workdir / 'results.json', results)
         report.write(workdir, results, config.title, list(config.prompts))
         say(f'wrote report.md, results.json, plots and grids into {workdir}')
-    sharding.wait('evaluated')
+    meet('evaluated')
     return results
 
 
@@ -125,7 +125,7 @@ class Bench:
             **self.judging(batches, self.pictures),
         }
         if self.process == 0:
-            write(stem.with_name(f'{stem.name}.json'), {**row, MADE_OF: made})
+            write_json(stem.with_name(f'{stem.name}.json'), {**row, MADE_OF: made})
         return row
 
 
@@ -141,9 +141,8 @@ def keeping(batches, most, file, made):
         yield some, drawn, seconds
         numbers += some[some < most].tolist()
         pictures += [*drawn[some < most]]
-    part = file.with_name(f'.part-{file.name}')
-    np.savez_compressed(part, numbers=numbers, pictures=pictures, **{MADE_OF: json.dumps(made)})
-    os.replace(part, file)
+    with whole(file) as part:
+        np.savez_compressed(part, numbers=numbers, pictures=pictures, **{MADE_OF: json.dumps(made)})
 
 
 def kept_pictures(file, made):
@@ -181,14 +180,6 @@ def captions_of(there, count, seed):
     said = {i: caption for i, _, caption in pairs(source, settings, unique)}
     captions = [said[i] for i in ids.tolist() if i in said]
     return captions, lambda: pairs(source, settings, [i for i in ids if i in said])
-
-
-def write(file, value):
-    """A JSON file; it appears whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f'.part-{file.name}')
-    part.write_text(json.dumps(value, indent=1) + '\n')
-    os.replace(part, file)
 
 
 def start(config, workdir, cluster):

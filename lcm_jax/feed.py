@@ -9,6 +9,7 @@ import jax
 from tqdm import tqdm
 
 from lcm_jax import sharding
+from lcm_jax.atomic import write_json
 from lcm_jax.data.cache import complete, part_name
 from lcm_jax.data.cache_fill import write_cache
 from lcm_jax.data.loader import loader
@@ -17,6 +18,7 @@ from lcm_jax.data.sources import open_source
 from lcm_jax.encode import at_once, encoder
 from lcm_jax.errors import InputError
 from lcm_jax.logs import say
+from lcm_jax.peers import meet
 from lcm_jax.step import DTYPES
 from lcm_jax.tree import digest
 
@@ -97,9 +99,9 @@ class Feed:
         made_of = self.made_of(name)
         check_made_of(folder / MADE_OF, made_of)
         if not complete(folder):
-            sharding.wait('cache')  # all look before one writes
+            meet('cache')  # all look before one writes
             self.fill(self.look(key, name), folder, made_of)
-            sharding.wait('cache filled')
+            meet('cache filled')
         return self.look(key, f'cache:{folder}')
 
     def look(self, key, name):
@@ -133,9 +135,7 @@ class Feed:
             for file in folder.glob('part-*'):  # of a run in another number of processes
                 if part.partition('-of-')[2] != file.stem.partition('-of-')[2]:
                     file.unlink()
-            whole = folder / f'.{MADE_OF}'
-            whole.write_text(json.dumps(made_of, indent=1) + '\n')
-            whole.replace(folder / MADE_OF)
+            write_json(folder / MADE_OF, made_of)
         if (folder / f'{part}.json').is_file():
             return
         encode = encoder(self.model, DTYPES[config.dtype], DTYPES[config.vae_dtype])

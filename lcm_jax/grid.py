@@ -1,9 +1,9 @@
 """Labelled picture grids."""
 
-import os
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from lcm_jax.atomic import whole
 
 
 def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190, font_size=13):
@@ -75,11 +75,9 @@ def strip(pictures, columns=8, margin=4):
 
 
 def save(picture, file, **options):
-    """Write a PIL image; it appears whole or not at all. options: of PIL's `save`."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f'.part-{file.name}')
-    picture.save(part, **options)
-    os.replace(part, file)
+    """Write a PIL image, whole or not at all. options: of PIL's `save`."""
+    with whole(file) as part:
+        picture.save(part, **options)
 
 
 def pixels(pictures):

@@ -149,7 +149,7 @@ def save(i, state, saves, on_save):
         together = False
         write()
     except Exception:
-        if not together or all_come(f'on_save has failed at step {i}'):
+        if not together or all_come('on_save has failed'):
             saves.save(i, state, {})
         raise
     saves.save(i, state, metrics)

@@ -1,6 +1,7 @@
 """What the processes of one run tell each other when one of them fails: none waits for it for ever."""
 
 import ctypes
+import itertools
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from lcm_jax.errors import InputError
 EVERY = 1.0  # seconds between two looks
 LOST = 60.0  # seconds of silence after which a process is given up; JAX itself aborts after 100
 WEEK = 7 * 24 * 3600.0  # seconds; what one process does while others wait may take hours
+MEETINGS = itertools.count()  # the same in all processes: a barrier is good for once
 FAILED, ALIVE = 'lcm_jax/failed', 'lcm_jax/alive'  # folders of the key-value store
 DONE = 'done'
 LINKS = 'Gloo|NCCL'  # what speaks of a collective whose other end is gone
@@ -33,13 +35,14 @@ def store():
 
 
 def meet(name, seconds=WEEK):
-    """Until all processes have come here, without a collective of their devices; once for each name.
+    """Until all processes have come here, in the same order of meetings; no collective of their devices, as
+    those wait for 30 s only (on CPUs).
 
     `Peers` sees to it that none waits for one that is gone. Raises jax.errors.JaxRuntimeError when one of
     them has not come in that time.
     """
     if store():
-        store().wait_at_barrier(f'lcm_jax/{name}', int(1000 * seconds))
+        store().wait_at_barrier(f'lcm_jax/{name} {next(MEETINGS)}', int(1000 * seconds))
 
 
 def all_come(name):

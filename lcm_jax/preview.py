@@ -1,7 +1,6 @@
 """Pictures that a run draws of itself: fixed prompts and noise, from what it would export."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax import samplers, sharding
+from lcm_jax.atomic import whole
 from lcm_jax.diffusion import denoiser, guided, side_by_side
 from lcm_jax.draw import Plan, decode, to_uint8
 from lcm_jax.grid import grid
@@ -57,10 +57,8 @@ class Preview:
         self.teacher = self.draw(base, frozen, 'ddim', c.teacher_steps, c.teacher_guidance)
         self.base = self.draw(base, frozen, c.sampler, c.steps, c.guidance)
         if jax.process_index() == 0:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_suffix('.part.npz')
-            np.savez(part, teacher=self.teacher, base=self.base, settings=settings)
-            os.replace(part, self.file)
+            with whole(self.file) as part:
+                np.savez(part, teacher=self.teacher, base=self.base, settings=settings)
 
     def __call__(self, trained, frozen):
         """-> grid [H,W,3] uint8, metrics: 'distance' to the teacher's pictures (root mean square, of

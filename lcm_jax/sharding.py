@@ -1,6 +1,5 @@
 """Where arrays lie: a mesh of devices, path rules -> shardings, and each process's part of a batch."""
 
-import itertools
 import json
 import math
 import os
@@ -15,7 +14,6 @@ from lcm_jax.peers import meet
 from lcm_jax.tree import first_match, map_named
 
 AXES = 'data', 'fsdp', 'tensor'
-WAITS = itertools.count()  # the same in all processes, which wait for each other in the same order
 BATCH = 'data', 'fsdp'  # the axes that divide a batch
 
 # Megatron's pairs (arXiv 1909.08053): `tensor` divides the outputs of the first of two products and
@@ -226,18 +224,13 @@ def start_distributed(coordinator=None, processes=None, process=None):
         jax.distributed.initialize(coordinator, processes, process)
 
 
-def wait(name):
-    """Until all processes have come here. No collective of their devices: on CPUs those wait for 30 s."""
-    meet(f'{name}, wait {next(WAITS)}')
-
-
 def gathered(blob):
     """Bytes of this process -> [bytes] of all, in each of them."""
     if jax.process_count() == 1:
         return [blob]
     from jax.experimental import multihost_utils
 
-    wait('gathered')  # a collective may wait for 30 s only (on CPUs)
+    meet('gathered')
     sizes = multihost_utils.process_allgather(np.array(len(blob))).tolist()
     padded = np.zeros(max(*sizes, 1), np.uint8)
     padded[: len(blob)] = np.frombuffer(blob, np.uint8)

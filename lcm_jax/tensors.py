@@ -1,11 +1,9 @@
 """Tensors on disk: opened by their headers, read one at a time, written one at a time."""
 
-import contextlib
 import dataclasses
 import importlib
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from lcm_jax.atomic import whole
 from lcm_jax.errors import InputError
 
 # Names in a safetensors header, in the order in which the library writes them (the last comes first).
@@ -181,19 +180,6 @@ def write_tensors(file, tensors, metadata=None):
         f.write(len(text).to_bytes(8, 'little') + text)
         for _, x in items:
             np.ascontiguousarray(x).reshape(-1).view(np.uint8).tofile(f)
-
-
-@contextlib.contextmanager
-def whole(file):
-    """The path to write to; what is there becomes `file` at the end, or goes after an error."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + '.part')
-    try:
-        yield part
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def open_pickle(file):

@@ -92,7 +92,7 @@ def run(config, workdir):
             )
             feed.close()
             file = out.export(config.export.name, on_host(out.chosen(state)))
-            sharding.wait('exported')  # JAX lets no process end long before the others
+            meet('exported')  # JAX lets no process end long before the others
             return file
 
 
@@ -185,7 +185,7 @@ class Steps:
                 donate_argnums=0,
                 out_shardings=(sharding.homes(prog.state), self.whole),
             )
-            meet(f'step {len(self.programs)}')  # a collective may wait for 30 s only (on CPUs)
+            meet('compiled')
         return self.programs[shapes]
 
     def __call__(self, state, frozen, batch, key):

@@ -17,7 +17,7 @@ ROOT = Path(lcm_jax.__file__).parent
 LAYERS = [
     line.split()
     for line in """
-    errors original aot
+    errors original aot atomic
     tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics peers
     grid stop loop logs orbax_io models.flash
     data.files saves report models.attention

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import re
 from pathlib import Path
 from zipfile import BadZipFile
@@ -17,6 +16,7 @@ from zipfile import BadZipFile
 import ml_dtypes  # noqa: F401 - so that numpy knows 'bfloat16'
 import numpy as np
 
+from lcm_jax.atomic import write_json
 from lcm_jax.data.files import listed, opened
 from lcm_jax.data.records import UNREADABLE, check_address, reader
 from lcm_jax.data.samples import SCORES, Broken, Index, describe
@@ -77,9 +77,7 @@ class Writer:
         rows = np.array(self.rows, np.int64).reshape(-1, 4)
         np.savez(self.stem.with_suffix('.npz'), names=json.dumps(self.names), rows=rows)
         said = self.head | {'samples': len(rows), 'dropped': dropped}
-        part = self.stem.with_suffix('.part')
-        part.write_text(json.dumps(said, indent=1) + '\n', encoding='utf-8')
-        os.replace(part, self.stem.with_suffix('.json'))
+        write_json(self.stem.with_suffix('.json'), said)
 
 
 def open_cache(folder, resolution, model=None):

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import time
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zipfile import BadZipFile
@@ -15,6 +14,7 @@ from zipfile import BadZipFile
 import fsspec
 import numpy as np
 
+from lcm_jax.atomic import whole
 from lcm_jax.data.samples import Broken, Index, describe
 from lcm_jax.errors import InputError
 
@@ -197,11 +197,6 @@ def kept(url, index_one, caption):
 
 
 def keep(file, arrays):
-    """Write a .npz file of the cache; it appears whole. A folder that cannot be written is no reason to
-    stop.
-    """
-    part = file.with_name(f'.part-{uuid.uuid4().hex}-{file.name}')
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
+    """Write a .npz file of the cache. A folder that cannot be written is no reason to stop."""
+    with contextlib.suppress(OSError), whole(file) as part:
         np.savez(part, **arrays)
-        os.replace(part, file)

@@ -1,13 +1,12 @@
 """Read and write LoRA files: all of a file is placed on the model's modules, or none of it."""
 
-import os
 from collections import defaultdict
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from lcm_jax import weights
+from lcm_jax.atomic import whole
 from lcm_jax.errors import InputError, choose, nearest
 from lcm_jax.lora_files import dialects, methods, peft_config
 from lcm_jax.lora_files.family import family
@@ -171,16 +170,11 @@ def write_lora(file, adapters, models, *, alpha, dialect=None, dtype=np.float16,
         said = listing(over, len(tensors), 'tensors hold values that are not finite')
         raise InputError(f'{file} in {alpha.dtype}: {said}')
     metadata = {**peft_config.metadata(dialect, ranks, float(alpha)), **(metadata or {})}
-    file = Path(file)
-    part = file.with_name(f'.unchecked-{file.name}')
-    try:
+    with whole(file) as part:
         write_tensors(part, tensors, metadata)
         tensors, metadata = open_tensors(part)
         config, source = peft_config.load(metadata, part), f'{file} in {alpha.dtype}'
         _compare(place(tensors, config, models, source), adapters, alpha, file)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _keyed(adapters, models, dialect, alpha, sdxl):
