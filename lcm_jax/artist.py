@@ -5,15 +5,14 @@ import json
 import time
 import warnings
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lcm_jax.cells import terms
 from lcm_jax.grid import pixels, save
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.sharding import local_mesh
 from lcm_jax.tree import digest
 
 MADE_OF = 'made_of'  # in files: all that they depend on
@@ -24,8 +23,7 @@ class Artist:
 
     def __init__(self, config):
         self.config, self.pipe, self.set_to, self.known = config, None, None, {}
-        devices = jax.local_devices()
-        self.mesh = Mesh(np.array(devices), ('data',)) if len(devices) > 1 else None
+        self.mesh = local_mesh()
 
     def set(self, cell):
         """Load the cell's model and LoRAs -> Pipeline."""

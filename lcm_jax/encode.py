@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcm_jax.conditioning import encode_text
 from lcm_jax.models.layers import in_strips
 from lcm_jax.models.tiny import autoencoder
+from lcm_jax.sharding import local_mesh
 
 PIXELS = 2**20  # of one device's pictures: some 3 GB of SD's VAE at work in float32
 MOST = 64  # of one device's pictures
@@ -53,9 +54,9 @@ def encoder(model, dtype, vae_dtype):
     All devices of this process encode a part of the batch each.
     """
     dtypes = dict.fromkeys(model.encoders, dtype) | {'vae': vae_dtype}
-    devices = jax.local_devices()
-    mesh = Mesh(devices, ('data',))
-    params = model.load(model.encoders, dtypes, NamedSharding(mesh, P()))
+    mesh, devices = local_mesh(), jax.local_devices()
+    whole, parts = (mesh and NamedSharding(mesh, P(*axes)) for axes in ((), ('data',)))
+    params = model.load(model.encoders, dtypes, whole)
     tpu = devices[0].platform == 'tpu'
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -65,9 +66,9 @@ def encoder(model, dtype, vae_dtype):
     def encode(batch):
         n = len(batch['pixels'])
         more = -n % len(devices)
-        whole = {k: np.concatenate([x, np.repeat(x[:1], more, 0)]) for k, x in batch.items()}
-        whole = jax.device_put(whole, NamedSharding(mesh, P('data')))
-        out = run(params, whole, (n + more) // len(devices) if tpu else None)
+        full = {k: np.concatenate([x, np.repeat(x[:1], more, 0)]) for k, x in batch.items()}
+        full = jax.device_put(full, parts)
+        out = run(params, full, (n + more) // len(devices) if tpu else None)
         return {k: np.asarray(x)[:n] for k, x in out.items()}
 
     return encode

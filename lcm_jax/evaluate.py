@@ -33,12 +33,12 @@ def run(config, workdir):
     """Measure all cells of a config -> the results, as in results.json; writes all into `workdir`."""
     workdir, artist = Path(workdir), Artist(config)
     cells, reference = planned(config)
-    features = open_features(config.features, mesh=artist.mesh)
-    networks = judge.Networks(
-        features,
-        features if config.clip == config.features else config.clip and open_features(config.clip),
-        config.lpips and open_lpips(config.lpips),
-    )
+    features, clip = open_features(config.features, mesh=artist.mesh), None
+    if config.clip:
+        same = config.clip == config.features
+        clip = features if same else open_features(config.clip, mesh=artist.mesh)
+    lpips = open_lpips(config.lpips, mesh=artist.mesh) if config.lpips else None
+    networks = judge.Networks(features, clip, lpips)
     sources = {source: opened(config, source) for _, source, _ in config.sets}
     real = statistics_of(features, *opened(config, config.real))
     results = []

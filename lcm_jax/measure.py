@@ -14,6 +14,7 @@ from lcm_jax.data.sources import open_source
 from lcm_jax.errors import InputError
 from lcm_jax.features import open_features
 from lcm_jax.metrics import Statistics
+from lcm_jax.sharding import local_mesh
 
 BATCH = 64  # pictures at a time
 
@@ -88,7 +89,7 @@ def compare(real, fake, features='emoji', resolution=0):
     resized and cut to; 0: they have one size already. -> 'fid', 'kid', 'kid_std', 'real' and 'fake'
     (numbers of pictures), 'features', 'biased', and the Statistics of both.
     """
-    features = open_features(features)
+    features = open_features(features, mesh=local_mesh())
     sides = [side(features, name, resolution) for name in (real, fake)]  # all that may be refused
     real, fake = (measured() for measured in sides)
     return {

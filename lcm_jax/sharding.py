@@ -92,6 +92,12 @@ def _arranged(shape, dcn, devices, slices):
         raise InputError(f'dcn = {dcn}: {e}') from e
 
 
+def local_mesh():
+    """This process's own devices along 'data', to share its work among; None if it has one."""
+    devices = jax.local_devices()
+    return Mesh(np.array(devices), ('data',)) if len(devices) > 1 else None
+
+
 def shardings(tree, mesh, rules=RULES):
     """Tree of arrays or ShapeDtypeStructs -> tree of NamedSharding.
 
