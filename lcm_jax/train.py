@@ -121,7 +121,8 @@ def place(model, prog, config, mesh, size):
     homes = {part: sharding.homes(prog.frozen[part]) for part in kept}
     frozen = model.load(kept, dtypes, homes) | {'null': jax.tree.map(put, null)}
     base = frozen.get('unet')
-    if base is None or not prog.student.alphas:  # what is trained starts as precise as the file
+    rounded = not prog.student.alphas and dtypes['unet'] != jnp.float32
+    if base is None or rounded:  # what is trained starts as precise as the file
         home = homes.get('unet', sharding.replicated(mesh))
         base = model.load(['unet'], dtypes | {'unet': jnp.float32}, {'unet': home})['unet']
 
