@@ -230,15 +230,8 @@ class Pipeline:
                 f'nothing to draw: {len(prompts)} prompts, count = {count}; both must be 1 or more'
             )
         unet, vae = self.specs['unet'], self.specs['vae']
-        sampler, guidance, guided = request.manner(
-            sampler,
-            guidance,
-            negative,
-            lora=self.schedule.few_steps
-            or any(a.accelerates and a.scale for a in self.adapters.values()),
-            embedded=bool(unet.w_dim),
-            default=self.family.guidance,
-        )
+        fast = any(a.accelerates and a.scale for a in self.adapters.values())
+        sampler, guidance, guided = self.manner(sampler, guidance, negative, fast)
         strength, pure = request.start(image, mask, strength, timesteps, takes_mask(unet, vae))
         steps, times = self._times(sampler, steps, timesteps, spacing, strength)
         image, mask = (
@@ -267,6 +260,17 @@ class Pipeline:
         )
         check_finite(finite[:n], self.params)
         return images.pictures(drawn[:n])
+
+    def manner(self, sampler, guidance, negative, fast):
+        """`request.manner` of this model; fast: whether an acceleration LoRA takes part."""
+        return request.manner(
+            sampler,
+            guidance,
+            negative,
+            lora=fast or self.schedule.few_steps,
+            embedded=bool(self.specs['unet'].w_dim),
+            default=self.family.guidance,
+        )
 
     def _times(self, sampler, steps, timesteps, spacing, strength):
         """-> number of steps without regard to strength, times [m+1]."""

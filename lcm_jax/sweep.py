@@ -10,7 +10,6 @@ from lcm_jax.features import open_features
 from lcm_jax.grid import grid
 from lcm_jax.lora_files.find import term
 from lcm_jax.pipeline import Pipeline
-from lcm_jax.request import manner
 
 SCALES = 0.0, 0.25, 0.5, 0.75, 1.0
 
@@ -42,17 +41,8 @@ def sweep(
         pipe.add_lora(file, scale=scale)
     if kind == 'scale':
         pipe.add_lora(lora)
-    fast = any(
-        adapter.accelerates for adapter in pipe.adapters.values()
-    )  # even where its scale is 0
-    sampler, first, _ = manner(
-        sampler,
-        guidance and guidance[0],
-        None,
-        lora=fast or pipe.schedule.few_steps,
-        embedded=bool(pipe.specs['unet'].w_dim),
-        default=pipe.family.guidance,
-    )
+    fast = any(a.accelerates for a in pipe.adapters.values())  # even where its scale is 0
+    sampler, first, _ = pipe.manner(sampler, guidance and guidance[0], None, fast)
     network = open_features(clip)
     texts = network.texts(prompts)
     drawn = {}  # (value, steps) -> pictures [N]
