@@ -14,8 +14,7 @@ from lcm_jax import lora, orbax_io, single, weights
 from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_folder, open_model
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files.dialects import COMPONENTS as LORA_COMPONENTS
-from lcm_jax.lora_files.files import read_lora
-from lcm_jax.lora_files.find import accelerates
+from lcm_jax.lora_files.files import read_terms
 from lcm_jax.tensors import write_tensors
 from lcm_jax.tree import named
 
@@ -90,9 +89,7 @@ def baked(ckpt, found, loras):
     if not loras:
         return found, False
     models = {part: ckpt.shapes(part) for part in LORA_COMPONENTS if part in found}
-    read = [(file, *read_lora(file, models), float(scale)) for file, scale in loras]
-    fast = any(accelerates(file, metadata) for file, _, metadata, scale in read if scale)
-    adapters = [(adapter, scale) for _, adapter, _, scale in read]
+    adapters, fast = read_terms(loras, models)
 
     def added(part, path, ndim, x):
         key, perm = weights.theirs(path, ndim)

@@ -10,6 +10,7 @@ from lcm_jax.atomic import whole
 from lcm_jax.errors import InputError, choose, nearest
 from lcm_jax.lora_files import dialects, methods, peft_config
 from lcm_jax.lora_files.family import family
+from lcm_jax.lora_files.find import accelerates
 from lcm_jax.tensors import open_tensors, write_tensors
 from lcm_jax.tree import named
 
@@ -38,6 +39,19 @@ def read_lora(file, models):
     """
     tensors, metadata = open_tensors(file)
     return place(tensors, peft_config.load(metadata, file), models, file), metadata
+
+
+def read_terms(terms, models):
+    """[(LoRA file, scale)] -> [({component: adapter}, scale)], whether one that accelerates takes part.
+
+    Raises InputError as `read_lora` does.
+    """
+    found, fast = [], False
+    for file, scale in terms:
+        adapters, metadata = read_lora(file, models)
+        found.append((adapters, float(scale)))
+        fast |= bool(scale) and accelerates(file, metadata)
+    return found, fast
 
 
 def place(tensors, config, models, source):

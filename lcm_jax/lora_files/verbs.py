@@ -8,8 +8,8 @@ import numpy as np
 from lcm_jax.checkpoint import open_model
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files import algebra, dialects, peft_config, programs
-from lcm_jax.lora_files.files import locate, modules, place, read_lora, write_lora
-from lcm_jax.lora_files.find import ACCELERATES, accelerates
+from lcm_jax.lora_files.files import locate, modules, place, read_terms, write_lora
+from lcm_jax.lora_files.find import ACCELERATES
 from lcm_jax.tensors import open_tensors
 
 ANEW = 'format', 'ss_network_', 'sshs_', peft_config.KEY  # metadata that describes the old form
@@ -75,9 +75,7 @@ def merge_loras(terms, out, model='emoji', rank=None, dialect=None):
     """
     _accept(out, rank)
     models = models_of(model)
-    read = [(file, *read_lora(file, models), scale) for file, scale in terms]
-    fast = any(accelerates(file, metadata) for file, _, metadata, scale in read if scale)
-    files = [(adapters, scale) for _, adapters, _, scale in read]
+    files, fast = read_terms(terms, models)
     sums = {
         part: algebra.total([(file[part], scale) for file, scale in files if part in file])
         for part in models
