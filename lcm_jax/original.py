@@ -144,12 +144,13 @@ OPEN_CLIP_INNER = (
 
 
 def open_clip_parameters(names):
-    """Parameter names of a transformers CLIP text model -> {name: OpenCLIP's name}.
+    """Parameter names of a transformers CLIP text model, in any order -> {name: OpenCLIP's name}.
 
-    The weights (and the biases) of q, k and v share one name: there they are one tensor, in this
-    order.
+    The weights (and the biases) of q, k and v share one name, as there they are one tensor: the result
+    has them in the order of its rows.
     """
-    return {name: _inner(_renamed(name, OPEN_CLIP), OPEN_CLIP_INNER) for name in names}
+    rows = sorted(names, key=lambda name: ('.k_proj.' in name) + 2 * ('.v_proj.' in name))
+    return {name: _inner(_renamed(name, OPEN_CLIP), OPEN_CLIP_INNER) for name in rows}
 
 
 def _renamed(name, rows):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -74,6 +75,32 @@ def test_open_clip_names_are_those_that_diffusers_undoes(spec):
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**configs.text_config(spec)))
     back = convert_open_clip_checkpoint(model, file, part.prefix)
     assert {key: tuple(x.shape) for key, x in back.items()} == want
+
+
+@pytest.mark.parametrize('order', [sorted, lambda names: sorted(names)[::-1]])
+def test_open_clip_values_are_those_that_diffusers_undoes(order):
+    """q, k and v are rows of one tensor: each must come back as itself, whatever order names come in."""
+    spec = dataclasses.replace(
+        MODELS['sdxl'].text[1], width=8, layers=2, heads=2, mlp=12, projection=8
+    )
+    rng, names = np.random.default_rng(), weights.keys(shapes.text_shapes(spec))
+    want = {key: rng.normal(size=names[key]).astype(np.float32) for key in order(names)}
+    part = single.LAYOUTS[single.SDXL]['text_encoder_2']
+    found = {key: single.Tensor(key, x.shape, x.dtype, lambda x=x: x) for key, x in want.items()}
+    file = {key: np.array(x) for key, x in single.to_original(part, found).items()}
+    config = transformers.CLIPTextConfig(**configs.text_config(spec))
+    with torch.device('meta'):
+        model = transformers.CLIPTextModel(config)
+    torches = {key: torch.from_numpy(x) for key, x in file.items()}
+    theirs = convert_open_clip_checkpoint(model, torches, part.prefix)
+    assert theirs.keys() == want.keys()
+    originals = {
+        key: single.Tensor(key, x.shape, x.dtype, lambda x=x: x) for key, x in file.items()
+    }
+    ours = single.from_original(part, {key: x.shape for key, x in want.items()}, originals)
+    for key, x in want.items():
+        np.testing.assert_array_equal(theirs[key].numpy(), x, key)
+        np.testing.assert_array_equal(np.array(ours[key]), x, key)
 
 
 # Of the published files, less what single.NOTHING and SD 2's unused layer leave out: the number of
