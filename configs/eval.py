@@ -9,7 +9,7 @@ def get_config():
     c.model = 'emoji'  # drawn with, unless a way says otherwise: as in configs/default.py
     c.dtype = ''  # of the networks: float32, bfloat16; empty: float32 on CPUs, else bfloat16
     c.ways = ()  # rows of label, sampler and, if you like, model, lora ('FILE:SCALE + FILE:SCALE'),
-    # guidance and steps (a number or several): every combination is a cell
+    # guidance and steps (a number or several: every combination is a cell), spacing of the times
     c.steps = (1, 2, 4, 8)  # of the sampler, for ways that do not say
     c.reference = ''  # label of the way, with one number of steps, whose pictures all others are
     # compared with one by one, from the same noise; empty: none
@@ -18,7 +18,9 @@ def get_config():
     # of each caption; more than there are: several of each)
     c.real = ''  # source of the real pictures that FID and KID are taken to
     c.resolution = 64  # px, that real pictures are resized and cut to (from the middle)
-    c.paired = 512  # of each cell's pictures, how many are compared with the reference's
+    c.paired = (
+        512  # of each cell's pictures, how many (evenly apart) are compared with the reference's
+    )
     c.seed = 0  # of the captions' choice and the noise
     c.batch = 64  # pictures drawn at a time, by each process
 

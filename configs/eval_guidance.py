@@ -17,6 +17,7 @@ def get_config():
     c.ways = (
         {'label': 'teacher', 'sampler': 'ddim', 'steps': 50, **TEACHER},
         {'label': 'DDIM', 'sampler': 'ddim', **TEACHER},
+        {'label': 'DDIM, trailing', 'sampler': 'ddim', 'spacing': 'trailing', **TEACHER},
         {'label': 'DPM-Solver++', 'sampler': 'dpm++', **TEACHER},
         {
             'label': 'LCM-LoRA, w = 6.5',

@@ -66,6 +66,7 @@ class Artist:
                     prompts,
                     sampler=cell.sampler,
                     steps=cell.steps,
+                    spacing=cell.spacing or None,
                     guidance=cell.guidance,
                     seed=self.config.seed,
                     first=first,

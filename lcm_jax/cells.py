@@ -22,6 +22,7 @@ class Way:
     lora: str = ''  # FILE:SCALE + FILE:SCALE ...; a file, or the name of a shipped LoRA
     guidance: float | tuple = 1.0
     steps: int | tuple = ()  # (): the config's
+    spacing: str = ''  # of the times, a key of samplers.SPACINGS; '': the sampler's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Cell:
     sampler: str
     guidance: float
     steps: int
+    spacing: str
 
     @property
     def name(self):
@@ -53,13 +55,12 @@ def cells_of(way, config):
     for file, _ in terms(way.lora):
         find(file)
     several = np.size(way.guidance) > 1
+    model = way.model or config.model
     for guidance, steps in itertools.product(
         np.atleast_1d(way.guidance).tolist(), np.atleast_1d(way.steps or config.steps).tolist()
     ):
-        if steps < 1:
-            raise InputError(f'ways ({way.label}): steps = {steps}: must be at least 1')
         label = f'{way.label}, guidance {guidance:g}' if several else way.label
-        yield Cell(label, way.model or config.model, way.lora, way.sampler, guidance, int(steps))
+        yield Cell(label, model, way.lora, way.sampler, guidance, steps, way.spacing)
 
 
 def terms(lora):
@@ -83,14 +84,26 @@ def planned(config):
         if more:
             raise InputError(f'reference {config.reference!r} has several numbers of steps')
     cells.sort(key=lambda cell: cell != reference)
-    for model in dict.fromkeys(cell.model for cell in cells):
-        height, width = describe(model).size
+    for name in dict.fromkeys(cell.model for cell in cells):
+        model = describe(name)
+        height, width = model.size
         if not height == width == config.resolution:
             raise InputError(
-                f'resolution = {config.resolution} px of the real pictures, but {model} draws '
+                f'resolution = {config.resolution} px of the real pictures, but {name} draws '
                 f'{height} x {width} px: set resolution to what all models draw'
             )
+        for cell in cells:
+            if cell.model == name:
+                check_times(cell, model.schedule)
     return cells, reference
+
+
+def check_times(cell, schedule):
+    """InputError if the model's noise schedule has no times for that many steps of the sampler."""
+    try:
+        schedule.times(cell.sampler, cell.steps, cell.spacing or None)
+    except InputError as e:
+        raise InputError(f'ways ({cell.label}): {e}') from e
 
 
 def alone(key, names):

@@ -1,7 +1,5 @@
 """The verbs `lcm-jax evaluate`, `measure` and `sweep`: what each takes, and which function does it."""
 
-from pathlib import Path
-
 from lcm_jax import flags
 
 
@@ -66,7 +64,7 @@ def add(verb):
     p.add_argument('--resolution', type=flags.natural, default=0, help=text)
     for which in ('real', 'fake'):
         text = f'write the statistics of {which.upper()}, to be given in its place'
-        p.add_argument(f'--save-{which}', type=Path, metavar='FILE', help=text)
+        p.add_argument(f'--save-{which}', type=flags.statistics_file, metavar='FILE.npz', help=text)
 
     p = verb(sweep, 'sweep', 'a grid of one prompt: LoRA scales or guidance, against steps')
     p.add_argument('prompt', nargs='+', help='one or several prompts; each has rows of its own')

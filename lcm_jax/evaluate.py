@@ -20,7 +20,7 @@ from lcm_jax import flags, judge, report, sharding
 from lcm_jax.artist import MADE_OF, Artist, illustrate
 from lcm_jax.atomic import whole, write_json
 from lcm_jax.cells import planned, slug
-from lcm_jax.data.pairs import pairs, picked
+from lcm_jax.data.pairs import pairs, picked, spread
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.features import open_features, open_lpips
@@ -113,11 +113,12 @@ class Bench:
         }
 
     def measured(self, cell, made, stem, keep):
-        """Draw and measure -> the row, written. keep: file for the first pictures."""
+        """Draw and measure -> the row, written. keep: file for the pictures that others are compared with."""
         self.folder.mkdir(parents=True, exist_ok=True)
         batches = self.artist.batches(cell, self.judging.captions, self.process, self.processes)
         if keep:
-            batches = keeping(batches, self.artist.config.paired, keep, made)
+            compared = spread(len(self.judging.captions), self.artist.config.paired)
+            batches = keeping(batches, compared, keep, made)
         row = {
             **dataclasses.asdict(cell),
             'file': stem.name,
@@ -134,13 +135,14 @@ def device():
     return f'{jax.local_device_count()} {jax.devices()[0].device_kind}'
 
 
-def keeping(batches, most, file, made):
-    """The batches; once they end, the pictures with numbers below `most` are in the file."""
+def keeping(batches, chosen, file, made):
+    """The batches; once they end, the pictures with the chosen numbers are in the file."""
     numbers, pictures = [], []
     for some, drawn, seconds in batches:
         yield some, drawn, seconds
-        numbers += some[some < most].tolist()
-        pictures += [*drawn[some < most]]
+        kept = np.isin(some, chosen)
+        numbers += some[kept].tolist()
+        pictures += [*drawn[kept]]
     with whole(file) as part:
         np.savez_compressed(part, numbers=numbers, pictures=pictures, **{MADE_OF: json.dumps(made)})
 

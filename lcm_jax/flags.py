@@ -151,6 +151,16 @@ def picture_file(text):
     return Path(text)
 
 
+def statistics_file(text):
+    """Text -> Path of a .npz file in a folder that is there, for argparse."""
+    file = Path(text)
+    if file.suffix != '.npz' or not file.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f'{text}: the name must end in .npz, and its folder must be there'
+        )
+    return file
+
+
 def parse_flags(argv):
     """Command line -> config, workdir, cluster, other arguments, as absl and ml_collections read it."""
     from absl import flags

@@ -30,7 +30,7 @@ def statistics_of(features, source, settings, ids):
     seen = metrics.looked_at(features.identity, settings.resolution, settings.resolution)
     with contextlib.suppress(InputError):
         found = Statistics.load(file)
-        if found.features == seen and found.n == len(ids):
+        if found.features == seen:
             return found
     found = streamed(features, pairs(source, settings, ids), len(ids), source.name)
     keep(file, found.arrays())

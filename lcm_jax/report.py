@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from lcm_jax.grid import grid
@@ -81,14 +81,16 @@ def said(results):
     p = results['protocol']
     rows = [r for one in results['sets'] for r in one['rows']]
     drawn = [r for r in rows if r['steps']]
-    ways = {
-        r['label']: f'- {r["label"]}: `{r["model"]}`'
+    ways = dict.fromkeys(
+        f'- {r["label"]}: `{r["model"]}`'
         + (f' with LoRA `{r["lora"]}`' if r['lora'] else '')
-        + f', sampler `{r["sampler"]}`, guidance {r["guidance"]:g}'
+        + f', sampler `{r["sampler"]}`'
+        + (f' at `{r["spacing"]}` times' if r['spacing'] else '')
+        + f', guidance {r["guidance"]:g}'
         for r in drawn
-    }
+    )
     lines = [
-        *ways.values(),
+        *ways,
         '',
         f'FID and KID: features {p["features"]}, to {p["real_pictures"]:,} real pictures of '
         f'`{p["real"]}`, resized and cut to {p["resolution"]} px.',
@@ -96,14 +98,21 @@ def said(results):
     if any(r['biased'] for r in rows):
         lines.append(
             'With fewer than 10,000 pictures FID is biased upwards (KID is not): compare numbers of '
-            'this report with each other only.'
+            'one table, of equally many pictures, only.'
+        )
+    among = [one['set'] for one in results['sets'] if one['source'] == p['real']]
+    if among:
+        lines.append(
+            f'The real pictures of {", ".join(among)} are among those that FID and KID are taken to: '
+            'what they have is no floor.'
         )
     if p['clip']:
         lines.append(f'CLIP score: {p["clip"]}.')
     if any('psnr' in r for r in rows):
         lines.append(
-            f'Compared one by one with the pictures of {p["reference"]}: the first {p["paired"]:,} of '
-            'a set, or all if there are fewer' + (f'; LPIPS: {p["lpips"]}.' if p['lpips'] else '.')
+            f'Compared one by one with the pictures of {p["reference"]}: {p["paired"]:,} of a set, '
+            'evenly apart, or all if there are fewer'
+            + (f'; LPIPS: {p["lpips"]}.' if p['lpips'] else '.')
         )
     lines.append(
         f'Seed {p["seed"]}; every way draws the same captions from the same noise. Seconds are the '
@@ -121,25 +130,30 @@ def plot(rows):
     drawn = sorted((r for r in rows if r['steps']), key=lambda r: r['steps'])
     labels = list(dict.fromkeys(r['label'] for r in rows if r['steps']))
     for column, metric in zip(axes.T, shown, strict=True):
+        there = [r for r in drawn if r.get(metric.key) is not None]
         for axis, key, name in zip(
             column, ('steps', 'seconds'), ('steps', 's / picture'), strict=True
         ):
             for i, label in enumerate(labels):
                 points = [
                     (r[key], r[metric.key] * metric.scale)
-                    for r in drawn
-                    if r['label'] == label and None not in (r.get(metric.key), r[key])
+                    for r in there
+                    if r['label'] == label and r[key] is not None
                 ]
                 if points:
                     axis.plot(
                         *zip(*points, strict=True), marker='.', color=f'C{i % 10}', label=label
                     )
             axis.set(xlabel=name, xscale='log', yscale='log' if metric.log else 'linear')
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            for side in (axis.xaxis, axis.yaxis):
+                if side.get_scale() == 'log':
+                    side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    side.set_major_formatter(FuncFormatter(lambda x, _: f'{x:g}'))
+                    side.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
-        steps = sorted({r['steps'] for r in drawn})
+        steps = sorted({r['steps'] for r in there})
         column[0].set_xticks(steps, map(str, steps))
-        column[0].minorticks_off()
+        column[0].xaxis.minorticks_off()
         column[0].set_title(metric.title, fontsize='medium')
     lines = axes[0][0].get_legend_handles_labels()
     figure.legend(*lines, loc='outside lower center', ncols=max(1, len(shown)), fontsize='small')

@@ -1,7 +1,5 @@
 """One prompt, drawn over a range of LoRA scales or guidance and of steps: a labelled grid."""
 
-from pathlib import Path
-
 import numpy as np
 
 from lcm_jax import metrics
@@ -36,11 +34,7 @@ def sweep(
     """
     kind, values = tried(lora, scales, guidance)
     pipe = Pipeline.load(model)
-    for text in also:
-        file, scale = term(text)
-        pipe.add_lora(file, scale=scale)
-    if kind == 'scale':
-        pipe.add_lora(lora)
+    pipe.set_loras([*map(term, also), *([(lora, 1.0)] if kind == 'scale' else [])])
     fast = any(a.accelerates for a in pipe.adapters.values())  # even where its scale is 0
     sampler, first, _ = pipe.manner(sampler, guidance and guidance[0], None, fast)
     network = open_features(clip)
@@ -48,7 +42,7 @@ def sweep(
     drawn = {}  # (value, steps) -> pictures [N]
     for value in values:
         if kind == 'scale':
-            pipe.set_scale(Path(lora).stem, value)
+            pipe.set_scale(lora, value)
         by = first if kind == 'scale' else value
         for n in steps:
             drawn[value, n] = pipe(prompts, steps=n, guidance=by, sampler=sampler, seed=seed)

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from lcm_jax import artist, cells, evaluate, judge, measure, metrics, report
 from lcm_jax.cli import main
-from lcm_jax.data.pairs import pairs, picked
+from lcm_jax.data.pairs import pairs, picked, spread
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.errors import InputError
@@ -90,7 +91,9 @@ def test_numbers_are_those_of_the_pictures(model, done, tmp_path):
     assert row['kid'] == pytest.approx(metrics.kid(a, b)[0], rel=1e-4)
     clip = metrics.cosines(network.images(drawn), network.texts(captions)).mean()
     assert row['clip'] == pytest.approx(clip, rel=1e-4)
-    assert row['psnr'] == pytest.approx(metrics.psnr(drawn[:9], theirs[:9]).mean(), rel=1e-4)
+    some = spread(24, 9)
+    assert len({*some}) == 9 and some[-1] > 20
+    assert row['psnr'] == pytest.approx(metrics.psnr(drawn[some], theirs[some]).mean(), rel=1e-4)
 
 
 def test_report_says_what_was_measured(done):
@@ -175,6 +178,8 @@ def test_a_cell_is_measured_again_if_the_models_settings_changed(model, tmp_path
         ({'label': 'a'}, 'a row of ways lacks sampler'),
         ({'label': 'a', 'sampler': 'dimm'}, "unknown sampler 'dimm'"),
         ({'label': 'a', 'sampler': 'ddim', 'lora': 'lmc:1'}, 'lmc'),
+        ({'label': 'a', 'sampler': 'lcm', 'steps': (4, 64)}, 'ways (a): steps = 64; lcm takes'),
+        ({'label': 'a', 'sampler': 'ddim', 'spacing': 'even'}, "ways (a): unknown spacing 'even'"),
         (
             {'label': 'a', 'sampler': 'lcm', 'model': 'runs/no/lcm'},
             "'runs/no/lcm' is neither a shipped model",
@@ -222,6 +227,33 @@ def test_configs_that_cannot_be_are_refused_before_anything_is_drawn(
     with pytest.raises(InputError) as e:
         evaluate.run(c, tmp_path)
     assert said in str(e.value)
+
+
+def test_the_times_of_a_way_can_be_spaced_otherwise(model, tmp_path):
+    c = config(model, 8)
+    c.ways = (
+        *(
+            {'label': f'ddim {name}', 'sampler': 'ddim', 'steps': 2, 'spacing': name}
+            for name in ('', 'trailing')
+        ),
+    )
+    c.reference, c.prompts = '', ()
+    own, other = evaluate.run(c, tmp_path)['sets'][0]['rows'][1:]
+    assert own['fid'] != other['fid']
+    assert 'sampler `ddim` at `trailing` times' in (tmp_path / 'report.md').read_text()
+
+
+def test_pictures_compared_lie_evenly_in_their_set():
+    assert spread(1024, 4).tolist() == [0, 256, 512, 768]
+    assert spread(7, 5).tolist() == [0, 1, 2, 4, 5]
+    assert spread(3, 9).tolist() == [0, 1, 2] and spread(3, 0).tolist() == []
+
+
+def test_the_report_says_when_real_pictures_are_compared_with_themselves(done):
+    assert 'is no floor' in report.markdown(done[1], '', [])
+    found = json.loads(json.dumps(done[1]))
+    found['protocol']['real'] = 'another'
+    assert 'is no floor' not in report.markdown(found, '', [])
 
 
 def test_a_set_of_too_few_pictures_is_said_to_be_biased(done):
@@ -340,6 +372,26 @@ def test_folders_that_cannot_be_measured(tmp_path, make, said):
     assert said in str(e.value)
 
 
+def test_a_picture_that_is_cut_off_is_said_and_not_measured_anew(tmp_path, capsys, monkeypatch):
+    for i in range(30):
+        Image.effect_noise((16, 16), 50 + i).convert('RGB').save(tmp_path / f'{i:02}.png')
+    whole = (tmp_path / '03.png').read_bytes()
+    (tmp_path / '03.png').write_bytes(whole[: len(whole) // 2])
+    source, features = f'pictures:{tmp_path}', evaluate.open_features('emoji')
+    with monkeypatch.context() as patch:
+        patch.setattr(DataSettings, 'max_dropped', 0.1)
+        assert measure.side(features, source, 0)().n == 29
+        assert 'left out 1 ' in capsys.readouterr().out
+        patch.setattr(measure, 'streamed', lambda *_: pytest.fail('measured'))
+        assert measure.side(features, source, 0)().n == 29
+
+
+def test_a_cache_has_no_pictures_to_measure():
+    cache = types.SimpleNamespace(encoded=True, name='cache:latents')
+    with pytest.raises(InputError, match='cache:latents holds no pictures'):
+        measure.statistics_of(None, cache, DataSettings(), [0])
+
+
 def test_both_sets_are_opened_before_one_is_measured(monkeypatch):
     monkeypatch.setattr(measure, 'statistics_of', lambda *_: pytest.fail('measured'))
     with pytest.raises(InputError, match='emoij'):
@@ -379,6 +431,10 @@ def test_pictures_of_any_size_are_measured(tmp_path):
 
 def test_measure_prints_the_distance_and_keeps_statistics(tmp_path, capsys):
     kept = tmp_path / 'real.npz'
+    for name in ('real', 'no/real.npz'):
+        with pytest.raises(SystemExit):
+            main(['measure', 'emoji', 'emoji', '--save-real', str(tmp_path / name)])
+        assert 'must end in .npz' in capsys.readouterr().err
     main(['measure', 'emoji-heldout:noto', 'emoji-heldout:twemoji', '--save-real', str(kept)])
     said = capsys.readouterr().out
     main(['measure', str(kept), 'emoji-heldout:twemoji'])

@@ -8,12 +8,15 @@ import numpy as np
 from lcm_jax.data.loader import One, iterate
 from lcm_jax.data.samples import Broken, Drops
 from lcm_jax.errors import InputError
+from lcm_jax.logs import say
 
 
 class Pairs(One):
     """Single samples of a source, by number; cut to its settings' resolution from the middle."""
 
     def __init__(self, source, settings, ids):
+        if source.encoded:
+            raise InputError(f'{source.name} holds no pictures; name what it was made of')
         super().__init__(source, (), settings)
         self.ids = np.asarray(ids)
 
@@ -44,13 +47,20 @@ def picked(source, limit, seed):
     return np.sort(np.random.default_rng(seed).choice(n, limit, replace=False))
 
 
+def spread(n, most):
+    """-> `most` of the numbers 0..n-1, evenly apart; all of them if there are no more.
+
+    A set lies in its source's order, by style or by shard: its first numbers would be one kind.
+    """
+    return np.linspace(0, n, min(n, most), endpoint=False).astype(int)
+
+
 def pairs(source, settings, ids):
     """Source, numbers [N] of its samples -> iterator of (number, pixels [h,w,3] uint8, caption).
 
-    Broken samples are left out; InputError with their table if too large a share is broken.
+    Broken samples are left out, which is said once all are given; InputError with their table if too large
+    a share is broken.
     """
-    if source.encoded:
-        raise InputError(f'{source.name} holds no pictures; name what it was made of')
     reader, broken, given = Pairs(source, settings, ids), Drops(), 0
     for number, name, arrays, caption, fault in iterate(reader.pair, range(len(ids)), settings):
         if fault:
@@ -59,6 +69,8 @@ def pairs(source, settings, ids):
             given += 1
             yield number, arrays['pixels'], caption
     broken.check(source.name, given, settings.max_dropped)
+    if broken:
+        say(f'{source.name}: left out {broken}')
 
 
 def batches(samples, size):
