@@ -70,17 +70,19 @@ def make_step(loss, tx, ema_decay=0.0, accumulate=1):
         value, grads = gradients(state, frozen, batch, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, opt = tx.update(grads, state.opt, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay:
-            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-            ema = optax.incremental_update(params, ema, 1 - decay)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, ema, opt),
-            (state.params, state.ema, state.opt),
-        )
+
+        def updated(params, ema, opt):
+            updates, opt = tx.update(grads, opt, params)
+            params = optax.apply_updates(params, updates)
+            if ema_decay:
+                decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+                ema = optax.incremental_update(params, ema, 1 - decay)
+            return params, ema, opt
+
+        # A branch, as in optax.apply_if_finite: to choose number by number between new and old, XLA
+        # on CPUs holds a copy of the moments from the step's start.
+        old = state.params, state.ema, state.opt
+        kept = jax.lax.cond(finite, updated, lambda *old: old, *old)
         metrics = {'loss': value, 'grad_norm': norm, 'finite': finite}
         return State(state.step + 1, state.skipped + ~finite, *kept), metrics
 

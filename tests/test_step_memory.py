@@ -1,12 +1,15 @@
 """The compiled LCM-LoRA step holds the frozen base once, for student, teacher and target."""
 
+import re
 import runpy
 
 import jax
+import jax.numpy as jnp
+import optax
 import pytest
 import runs
 
-from lcm_jax import plan, sharding, step, workloads
+from lcm_jax import aot, loop, plan, sharding, step, workloads
 from lcm_jax.chips import devices_of
 from lcm_jax.families import SD
 from lcm_jax.models.clip import TextSpec
@@ -84,3 +87,23 @@ def test_a_bfloat16_base_is_asked_for_in_no_other_type():
     kernels = [x for path, x in named(program.args['frozen']['unet']) if path.endswith('kernel')]
     assert len(kernels) > 20 and all(kind(x, 'bf16') in text for x in kernels)
     assert not {kind(x, 'f32') for x in kernels if kind(x, 'f32') in text}
+
+
+def test_an_update_writes_in_place():
+    """No copy of parameters or moments waits for the update while the gradients are made."""
+    trained = {f'{i}': jax.ShapeDtypeStruct((256, 256), jnp.float32) for i in range(4)}
+
+    def loss(params, ema, frozen, batch, key):
+        for w in params.values():
+            batch = jnp.tanh(batch @ w)
+        return jnp.mean(batch**2)
+
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    state = jax.eval_shape(lambda params: loop.init(params, tx, 0.9), trained)
+    batch = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    made = aot.compiled(loop.make_step(loss, tx, 0.9), state, {}, batch, key, donate_argnums=0)
+    entry = made.as_text().split('\nENTRY ')[1]
+    matrices = {*re.findall(r'%([\w.\-]+) = f32\[256,256\]\S* parameter\(', entry)}
+    assert len(matrices) == 16  # parameters, average, two moments
+    assert not matrices & {*re.findall(r' copy\(%([\w.\-]+)\)', entry)}
