@@ -48,7 +48,7 @@ def test_unet_in_strips():
     assert_close(jax.jit(fn)(params, inputs), whole(params, inputs))
     adapter = draw(lora.init(jax.random.key(1), params, 2), 0.3)
     adapted = jax.jit(lora.apply(fn, adapter))(params, inputs)
-    assert_close(adapted, whole(lora.merge(params, adapter), inputs))
+    assert_close(adapted, whole(lora.merge(params, [(adapter, 1.0)]), inputs))
 
 
 def test_vae_in_strips():
