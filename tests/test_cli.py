@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lcm_jax import cli, train
+from lcm_jax.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
 ROOT = Path(cli.__file__).parents[1]
@@ -110,6 +111,35 @@ def test_sample_from_a_picture(run, random_folder, tmp_path):
     assert status == 1 and 'cannot read the picture absent.png' in err
     status, _, err = run('sample', 'red heart', *quick, '--strength', 0.5)
     assert status == 1 and 'strength = 0.5 without an image' in err
+
+
+def test_pictures_are_read_as_in_training(tmp_path):
+    """Upright, on white where they are transparent, 16 bits of grey not clipped."""
+    file = tmp_path / 'in.png'
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    Image.new('RGBA', (2, 3), (255, 0, 0, 0)).save(file, exif=exif)
+    picture = cli.read_picture(file)
+    assert picture.size == (3, 2) and picture.getcolors() == [(6, (255, 255, 255))]
+    Image.new('I;16', (1, 1), 0x4000).save(file)
+    assert cli.read_picture(file).getpixel((0, 0)) == (0x40,) * 3
+
+
+@pytest.mark.parametrize('form', ['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP'])
+def test_pictures_of_every_format_are_read(form, tmp_path):
+    file = tmp_path / 'picture'  # whatever its name
+    Image.new('RGB', (8, 4), 'white').save(file, form)
+    assert cli.read_picture(file).getcolors() == [(32, (255, 255, 255))]
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    file = tmp_path / 'in.png'
+    for data in (b'', b'no picture', b'\x89PNG\r\n\x1a\n'):
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=r'cannot read the picture .*in\.png, as JPEG, PNG, '):
+            cli.read_picture(file)
+    with pytest.raises(InputError, match=r'cannot read the picture .*: Is a directory'):
+        cli.read_picture(tmp_path)
 
 
 @pytest.mark.parametrize(
