@@ -25,7 +25,8 @@ from lcm_jax.checkpoint import open_folder
 from lcm_jax.conditioning import encode_text
 from lcm_jax.data.emoji import emoji, to_float
 from lcm_jax.data.order import shuffled
-from lcm_jax.diffusion import alpha_sigma, schedule
+from lcm_jax.diffusion import schedule
+from lcm_jax.distill import Draws, Nets, Noise, denoise
 from lcm_jax.encode import batched, moments
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
@@ -111,10 +112,9 @@ def loss(params, ema, frozen, batch, key, *, spec, scaling, min_snr, drop=0.1):
     context = jnp.where(jax.random.bernoulli(keys[1], drop, (len(z), 1, 1)), null, context)
     t = jax.random.randint(keys[2], (len(z),), 0, 1000)
     eps = jax.random.normal(keys[3], z.shape)
-    alpha, sigma = alpha_sigma(schedule(), t, z.ndim)
-    out = UNet(spec).apply({'params': params}, alpha * z + sigma * eps, t, context)
-    weight = jnp.minimum(1.0, min_snr * (sigma / alpha) ** 2)
-    return jnp.mean(weight * (out - eps) ** 2)
+    nets = Nets(partial(UNet(spec).apply, {'params': params}), None, None)
+    told, noise = {'z': z, 'cond': {'context': context}}, Noise(schedule(), 'epsilon')
+    return jnp.mean(denoise(nets, told, Draws(eps, t, None, None), noise, min_snr=min_snr))
 
 
 def encoded(folder):

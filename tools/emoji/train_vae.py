@@ -57,7 +57,7 @@ def loss(params, ema, frozen, x, key, kl_weight=1e-4):
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     error = vae.apply({'params': params}, z, method='decode') - x
     l2, kl = jnp.mean(error**2), 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
-    return jnp.mean(jnp.abs(error)) + l2 + kl_weight * kl, {'mse': l2, 'kl': kl}
+    return jnp.mean(jnp.abs(error)) + l2 + kl_weight * kl
 
 
 @jax.jit
@@ -98,7 +98,8 @@ def main():
     else:
         params = jax.jit(VAE(SPEC).init)(jax.random.key(0), batch_at(0))['params']
         spec, frozen = None, {}
-    rate = optax.warmup_cosine_decay_schedule(0, args.lr, 100, args.steps, args.lr / 50)
+    warmup = min(100, args.steps // 4)
+    rate = optax.warmup_cosine_decay_schedule(0, args.lr, warmup, args.steps, args.lr / 50)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-3))
 
     def report(i, state):
@@ -113,7 +114,8 @@ def main():
         std = float(np.std(batched(partial(encode, params), to_float(pictures[::4]))))
         spec = dataclasses.replace(SPEC, scaling_factor=round(1 / std, 5))
     write_tensors(
-        out / 'diffusion_pytorch_model.safetensors', weights.dump(cast(params, jnp.float16))
+        out / 'diffusion_pytorch_model.safetensors',
+        weights.dump(cast(params, jnp.float16)),
     )
     (out / 'config.json').write_text(json.dumps(vae_config(spec, 64), indent=2) + '\n')
     print(f'wrote {out}; scaling factor {spec.scaling_factor}')
