@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lcm_jax import lora
@@ -16,7 +17,7 @@ from lcm_jax.errors import InputError
 from lcm_jax.models.shapes import unet_shapes
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.zoo import MODELS
-from lcm_jax.tree import cast, count, named
+from lcm_jax.tree import count, named
 
 # It has every kind of adapted layer: Dense with and without bias, 1x1, 3x3 and 3x3 strided conv.
 SPEC = UNetSpec(
@@ -172,7 +173,7 @@ def test_apply_is_merge_for_every_form_of_a_layer(layer):
 
 
 def test_half_precision_base_stays_half():
-    half, args = cast(base(TINY), jnp.bfloat16), [x.astype(jnp.bfloat16) for x in inputs()]
+    half, *args = optax.tree.cast((base(TINY), *inputs()), jnp.bfloat16)
     scale = jnp.float32(0.7)
     out = jax.eval_shape(lambda ab: lora.apply(partial(net, half), ab, scale)(*args), adapter(TINY))
     assert out.dtype == jnp.bfloat16

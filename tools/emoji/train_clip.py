@@ -20,13 +20,13 @@ import small_loop
 from captions import variant
 
 from lcm_jax import metrics, weights
-from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.emoji import emoji
 from lcm_jax.data.order import shuffled
+from lcm_jax.images import signed
 from lcm_jax.models.clip import ImageEncoder, TextEncoder, TextSpec, VisionSpec
 from lcm_jax.models.configs import text_config, vision_config
 from lcm_jax.tensors import write_tensors
 from lcm_jax.text import Tokenizer
-from lcm_jax.tree import cast
 
 IMAGE = VisionSpec(width=128, layers=4, heads=4, mlp=512, projection=128, size=64, patch=8)
 
@@ -117,7 +117,7 @@ def main():
 
     def batch_at(i):
         rng, at = np.random.default_rng((1, i)), indices(i)
-        return to_float(pictures[at]), tokenizer([variant(train[j].caption, rng) for j in at])
+        return signed(pictures[at]), tokenizer([variant(train[j].caption, rng) for j in at])
 
     params = jax.jit(partial(init, spec))(jax.random.key(0), *batch_at(0))
     warmup = min(100, args.steps // 4)
@@ -129,7 +129,7 @@ def main():
         found = {}
         for name, samples in (('train', train[::16]), ('heldout', heldout)):
             found[f'retrieval_{name}'] = retrieval(
-                np.asarray(images(state.ema, to_float(np.stack([s.picture for s in samples])))),
+                np.asarray(images(state.ema, signed(np.stack([s.picture for s in samples])))),
                 np.asarray(texts(state.ema, tokenizer([s.caption for s in samples]))),
             )
         return found
@@ -141,7 +141,9 @@ def main():
         ('text_encoder', text_config(spec), state.ema['text']),
         ('image_encoder', vision_config(IMAGE), state.ema['image']),
     ):
-        write_tensors(out / folder / 'model.safetensors', weights.dump(cast(tree, jnp.float16)))
+        write_tensors(
+            out / folder / 'model.safetensors', weights.dump(optax.tree.cast(tree, jnp.float16))
+        )
         (out / folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
         print(f'wrote {out / folder}')
 

@@ -23,16 +23,17 @@ from PIL import Image
 from lcm_jax import weights
 from lcm_jax.checkpoint import open_folder
 from lcm_jax.conditioning import encode_text
-from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.emoji import emoji
 from lcm_jax.data.order import shuffled
 from lcm_jax.diffusion import schedule
 from lcm_jax.distill import Draws, Nets, Noise, denoise
 from lcm_jax.encode import batched, moments
+from lcm_jax.images import signed
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tensors import write_tensors
-from lcm_jax.tree import cast, count
+from lcm_jax.tree import count
 
 STYLES = ('noto', 'twemoji')
 VARIANTS = 6  # ways of saying each caption
@@ -136,7 +137,7 @@ def encoded(folder):
         return batched(one, np.array(captions, object))['context']
 
     said = [[s.caption, *(variant(s.caption, rng) for _ in range(VARIANTS - 1))] for s in samples]
-    mean, logvar = batched(lambda x: encode(to_float(x)), np.stack([s.picture for s in samples]))
+    mean, logvar = batched(lambda x: encode(signed(x)), np.stack([s.picture for s in samples]))
     frozen = (
         mean,
         np.exp(0.5 * logvar),
@@ -150,7 +151,7 @@ def write_folder(folder, spec, params):
     """The UNet and what makes the folder a pipeline."""
     write_tensors(
         folder / 'unet' / 'diffusion_pytorch_model.safetensors',
-        weights.dump(cast(params, jnp.float16)),
+        weights.dump(optax.tree.cast(params, jnp.float16)),
     )
     for name, value in (
         ('unet/config.json', unet_config(spec, 8)),
@@ -192,7 +193,7 @@ def main():
             jax.random.key(0), z, jnp.zeros(1, int), frozen[3][None]
         )
         params = variables['params']
-    params = cast(params, jnp.float32)
+    params = optax.tree.cast(params, jnp.float32)
     print(f'{n} pictures, {count(params):,} parameters')
     rate = optax.warmup_cosine_decay_schedule(
         0, args.lr, args.steps // 40, args.steps, args.lr / 100
