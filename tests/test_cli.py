@@ -1,5 +1,6 @@
 """`lcm-jax`: what each verb writes; bad input ends with one line, a status and nothing written."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -14,6 +15,17 @@ from lcm_jax.errors import InputError
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
 ROOT = Path(cli.__file__).parents[1]
 CONFIG = str(ROOT / 'configs' / 'emoji_lcm_lora.py')
+
+
+def verbs(parser):
+    """-> the verbs of an ArgumentParser, and those below them: 'lora', 'lora inspect', ..."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from (name, *(f'{name} {verb}' for verb in verbs(below)))
+
+
+VERBS = [*verbs(cli.parser())]
 
 
 @pytest.fixture
@@ -46,19 +58,14 @@ def refused(result, said, folder=Path('.')):
 def test_help_names_every_verb_and_imports_little():
     command = [sys.executable, '-X', 'importtime', '-m', 'lcm_jax.cli', '--help']
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    for verb in ('demo', 'train', 'sample', 'convert', 'lora', 'evaluate', 'measure', 'sweep'):
-        assert re.search(rf'^    {verb} ', done.stdout, re.M)
+    assert {'sample', 'lora check', 'data cache', 'plan'} < {*VERBS}
+    for verb in VERBS:
+        assert ' ' in verb or re.search(rf'^    {verb} ', done.stdout, re.M), verb
     imported = set(re.findall(r'\| +(\w[\w.]*)$', done.stderr, re.M))
     assert not imported & {'flax', 'orbax', 'orbax.checkpoint', 'transformers', 'optax'}
 
 
-@pytest.mark.parametrize(
-    'verb',
-    [
-        *('demo', 'train', 'sample', 'convert', 'lora', 'lora inspect', 'lora check'),
-        *('lora convert', 'lora merge', 'lora extract', 'evaluate', 'measure', 'sweep'),
-    ],
-)
+@pytest.mark.parametrize('verb', VERBS)
 def test_every_verb_has_help(run, verb):
     status, out, _ = run(*verb.split(), '--help')
     assert status == 0 and f'usage: lcm-jax {verb}' in out
