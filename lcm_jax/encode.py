@@ -21,14 +21,14 @@ MOST = 64  # of one device's pictures
 def moments(spec, params, pictures, samples=None):
     """pictures [B,H,W,3] in -1..1 -> mean, logvar [B,h,w,C] float32 of their latents, unscaled.
 
-    samples: those of one device, where pictures shall be cut into strips (TPUs).
+    samples: as of `in_strips`.
     """
 
     def encode(x):
         return jnp.concatenate(autoencoder(spec).apply({'params': params}, x, method='encode'), -1)
 
     x = pictures.astype(jax.tree.leaves(params)[0].dtype)
-    both = encode(x) if samples is None else in_strips(encode, x, spec.factor, samples)
+    both = in_strips(encode, x, spec.factor, samples)
     return jnp.split(both.astype(jnp.float32), 2, -1)
 
 

@@ -246,8 +246,7 @@ def network(spec, params, mesh, remat='none'):
         def run(z):
             return apply_unet(UNet(spec, remat), params, z, t, **cond)
 
-        samples = samples_each(len(z), mesh)
-        return in_strips(run, z, spec.factor, samples) if samples else run(z)
+        return in_strips(run, z, spec.factor, samples_each(len(z), mesh))
 
     return net
 
