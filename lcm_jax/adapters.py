@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from lcm_jax import lora as L
 from lcm_jax.lora_files.files import read_lora
 from lcm_jax.lora_files.find import accelerates, find
-from lcm_jax.tree import map_named
 
 
 class Adapter(NamedTuple):
@@ -31,26 +30,13 @@ def read_adapter(lora, name, scale, params):
 
 
 def merge(params, adapters):
-    """Parameters by component, [Adapter] -> the parameters plus the sum of scale times update.
+    """Parameters by component, [Adapter] -> the parameters with all of them added, see `lora.merge`.
 
-    The sum is taken in float32, whatever the parameters' dtype, and so does not depend on the order
-    of the adapters beyond that. What no adapter touches is shared with `params`.
+    What no adapter touches is shared with `params`.
     """
 
-    def merged(part, path, w):
-        updates = [
-            (a.loras[part][path], float(a.scale)) for a in adapters if path in a.loras.get(part, {})
-        ]
-        return _add(w, updates) if updates else w
+    def merged(part):
+        terms = [(a.loras[part], float(a.scale)) for a in adapters if part in a.loras]
+        return L.merge(params[part], terms)
 
-    parts = {part for a in adapters for part in a.loras}
-    return params | {
-        part: map_named(lambda path, w, part=part: merged(part, path, w), params[part])
-        for part in parts
-    }
-
-
-@jax.jit  # a small program for each shape of a kernel: seconds less to compile than one for all
-def _add(w, updates):
-    total = sum(scale * L.delta(ab).astype(jnp.float32) for ab, scale in updates)
-    return (w.astype(jnp.float32) + total).astype(w.dtype)
+    return params | {part: merged(part) for part in {part for a in adapters for part in a.loras}}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lcm_jax import hub, single, tensors, weights
 from lcm_jax.data.emoji import EMOJI
 from lcm_jax.diffusion import KINDS
-from lcm_jax.errors import InputError, choose, nearest
+from lcm_jax.errors import InputError, choose, first_line, nearest
 from lcm_jax.models import configs, shapes
 from lcm_jax.text import Tokenizer
 from lcm_jax.tree import digest
@@ -87,8 +87,7 @@ def component_shapes(part, spec, source):
     try:
         return _shapes(part, spec)
     except Exception as e:  # flax and jax raise many types for sizes that do not fit together
-        said = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise InputError(f'{source}: no {part} has these sizes: {spec}: {said}') from e
+        raise InputError(f'{source}: no {part} has these sizes: {spec}: {first_line(e)}') from e
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from lcm_jax.errors import InputError
+from lcm_jax.errors import InputError, first_line
 
 GIB = 2**30
 
@@ -59,7 +59,7 @@ def devices_of(topology):
         )
     except Exception as e:  # of several kinds, by what is wrong
         raise InputError(
-            f'topology {topology!r}: {str(e).splitlines()[0] if str(e) else type(e).__name__}; '
+            f'topology {topology!r}: {first_line(e)}; '
             "give 'local', or one such as v5e:4x4, v5p:2x2x2, v6e:4x4 or 2*v5e:16x16, "
             'with jax[tpu] installed'
         ) from e

@@ -1,6 +1,7 @@
 """`lcm-jax`: the human verbs. Heavy modules are imported by the verb that needs them."""
 
 import argparse
+from pathlib import Path
 
 from lcm_jax import data_cli, eval_cli, flags, lora_cli, plan_cli
 from lcm_jax.errors import InputError
@@ -59,15 +60,17 @@ def sample(args):
 
 
 def read_picture(file):
-    """A picture file -> PIL image. Raises InputError if it cannot be read."""
-    from PIL import Image
+    """A picture file -> PIL image, as training would see it. Raises InputError if it cannot be read."""
+    from lcm_jax.data.samples import FORMATS, Broken, decode
 
     try:
-        picture = Image.open(file)
-        picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f'cannot read the picture {file}: {e}') from e
-    return picture
+        return decode(Path(file).read_bytes())
+    except OSError as e:
+        raise InputError(f'cannot read the picture {file}: {e.strerror or e}') from e
+    except Broken as e:
+        raise InputError(
+            f'cannot read the picture {file}, as {", ".join(FORMATS)}: {e.detail}'
+        ) from e
 
 
 def convert(args):

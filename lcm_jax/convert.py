@@ -91,22 +91,22 @@ def baked(ckpt, found, loras):
     models = {part: ckpt.shapes(part) for part in LORA_COMPONENTS if part in found}
     adapters, fast = read_terms(loras, models)
 
-    def added(part, path, ndim, x):
+    def added(path, ndim, terms, x):
         key, perm = weights.theirs(path, ndim)
-        updates = [(a[part][path], scale) for a, scale in adapters if path in a.get(part, {})]
+        updates = lora.updates_of(path, terms)
         if not updates:
             return key, x[key]
 
         def add(w):
-            total = sum(scale * np.asarray(lora.delta(ab)) for ab, scale in updates)
-            return (w.astype(np.float32) + total.transpose(perm)).astype(w.dtype)
+            return lora.add(w.transpose(np.argsort(perm)), updates).transpose(perm)
 
         return key, x[key].map(add)
 
-    return found | {
-        part: dict(added(part, path, w.ndim, found[part]) for path, w in named(params))
-        for part, params in models.items()
-    }, fast
+    for part, params in models.items():
+        terms = [(a[part], scale) for a, scale in adapters if part in a]
+        tensors = (added(path, w.ndim, terms, found[part]) for path, w in named(params))
+        found = found | {part: dict(tensors)}
+    return found, fast
 
 
 def few_step(ckpt):

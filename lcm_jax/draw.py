@@ -34,6 +34,10 @@ class Plan:
     platform: str  # 'tpu' cuts pictures into strips
     mesh: Mesh | None = None  # each device along its 'data' axis draws its part of the batch
 
+    def samples(self, n):
+        """How many samples of one device `in_strips` is told of, of n: None but on TPUs."""
+        return n if self.platform == 'tpu' else None
+
 
 @partial(jax.jit, static_argnums=0)
 def draw(plan, params, abar, rows, pictures, times, guidance, pure):
@@ -100,11 +104,11 @@ def check_finite(finite, params):
 
 def _draw(plan, params, abar, rows, pictures, times, guidance, pure):
     noise, z, mask = samplers.fresh(rows['keys']), rows['noise'], pictures.get('mask')
-    latents = {  # each from noise of its own, beyond that of the steps
-        name: encode(plan, params['vae'], pictures[name], noise(len(abar) + 1 + i, z.shape))
-        for i, name in enumerate(('image', 'masked'))
-        if name in pictures
-    }
+    latents = {}
+    for i, name in enumerate(('image', 'masked')):
+        if name in pictures:  # each from noise of its own, beyond that of the steps
+            x, own = pictures[name], noise(len(abar) + 1 + i, z.shape)
+            latents[name] = encode(plan.vae, params['vae'], x, own, plan.samples(len(x)))
     start, keep, channels = z, lambda z, s: z, ()
     if 'image' in latents:
 
@@ -123,7 +127,7 @@ def _draw(plan, params, abar, rows, pictures, times, guidance, pure):
     model = _model(plan, params['unet'], abar, rows, channels, guidance)
     solver = samplers.SAMPLERS[plan.sampler].solver(plan.short)
     end = samplers.sample(model, solver, start, times, abar, noise, keep)
-    x = decode(plan, params['vae'], end)
+    x = decode(plan.vae, params['vae'], end, plan.samples(len(end)))
     finite = [_finite(part, len(z)) for part in (rows['cond'], latents, end, x)]
     return to_uint8(x), jnp.stack(finite, 1)
 
@@ -140,9 +144,11 @@ def _model(plan, params, abar, rows, channels, guidance):
 
     def net(z, t):
         z = jnp.concatenate([z, *channels], -1)
-        return _apply(
-            plan, lambda z: apply_unet(UNet(plan.unet), params, z, t, **cond), z, plan.unet.factor
-        )
+
+        def run(z):
+            return apply_unet(UNet(plan.unet), params, z, t, **cond)
+
+        return in_strips(run, z, plan.unet.factor, plan.samples(len(z)))
 
     model = denoiser(net, plan.prediction_type, abar)
     return model if null is None else guided(model, guidance)
@@ -155,26 +161,26 @@ def apply_unet(unet, params, z, t, context, **cond):
     return unet.apply({'params': params}, z.astype(dtype), t, context, **cond)
 
 
-def _apply(plan, fn, x, stride):
-    """fn(x) of pictures or latents, cut into strips where the platform's convolutions want them."""
-    return in_strips(fn, x, stride, len(x)) if plan.platform == 'tpu' else fn(x)
+def encode(spec, params, pictures, noise, samples=None):
+    """pictures [.,H,W,3] in -1..1, noise [N,h,w,C] -> scaled latents [N,h,w,C], drawn by it.
+
+    samples: as of `in_strips`.
+    """
+    mean, logvar = moments(spec, params, pictures, samples)
+    return spec.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
 
-def encode(plan, params, pictures, noise):
-    """pictures [.,H,W,3] in -1..1, noise [N,h,w,C] -> scaled latents [N,h,w,C], drawn by it."""
-    samples = len(pictures) if plan.platform == 'tpu' else None
-    mean, logvar = moments(plan.vae, params, pictures, samples)
-    return plan.vae.scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
+def decode(spec, params, z, samples=None):
+    """Scaled latents [B,h,w,C] -> pictures [B,H,W,3] float32, in -1..1 but for overshoot.
 
-
-def decode(plan, params, z):
-    """Scaled latents [B,h,w,C] -> pictures [B,H,W,3] float32, in -1..1 but for overshoot."""
-    vae, z = autoencoder(plan.vae), z / plan.vae.scaling_factor
+    samples: as of `in_strips`.
+    """
+    z = (z / spec.scaling_factor).astype(jax.tree.leaves(params)[0].dtype)
 
     def pictures(z):
-        return vae.apply({'params': params}, z, method='decode')
+        return autoencoder(spec).apply({'params': params}, z, method='decode')
 
-    return _apply(plan, pictures, z.astype(jax.tree.leaves(params)[0].dtype), 1).astype(jnp.float32)
+    return in_strips(pictures, z, 1, samples).astype(jnp.float32)
 
 
 def to_uint8(x):

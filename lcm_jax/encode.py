@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcm_jax.conditioning import encode_text
+from lcm_jax.images import signed
 from lcm_jax.models.layers import in_strips
 from lcm_jax.models.tiny import autoencoder
 from lcm_jax.sharding import local_mesh
@@ -20,14 +21,14 @@ MOST = 64  # of one device's pictures
 def moments(spec, params, pictures, samples=None):
     """pictures [B,H,W,3] in -1..1 -> mean, logvar [B,h,w,C] float32 of their latents, unscaled.
 
-    samples: those of one device, where pictures shall be cut into strips (TPUs).
+    samples: as of `in_strips`.
     """
 
     def encode(x):
         return jnp.concatenate(autoencoder(spec).apply({'params': params}, x, method='encode'), -1)
 
     x = pictures.astype(jax.tree.leaves(params)[0].dtype)
-    both = encode(x) if samples is None else in_strips(encode, x, spec.factor, samples)
+    both = in_strips(encode, x, spec.factor, samples)
     return jnp.split(both.astype(jnp.float32), 2, -1)
 
 
@@ -38,8 +39,7 @@ def encoded(specs, params, batch, samples=None):
     float32, 'context' [B,L,D] and for SDXL 'pooled' [B,P]; all else in the batch is passed on.
     """
     batch = dict(batch)
-    pictures = batch.pop('pixels').astype(jnp.float32) / 127.5 - 1
-    mean, logvar = moments(specs['vae'], params['vae'], pictures, samples)
+    mean, logvar = moments(specs['vae'], params['vae'], signed(batch.pop('pixels')), samples)
     parts = [part for part in specs if part.startswith('text_encoder')]
     ids = jnp.moveaxis(batch.pop('ids'), 1, 0)
     text = encode_text(

@@ -7,6 +7,11 @@ class InputError(ValueError):
     """Bad input from outside (a file, a key, an argument); the CLI prints it without a traceback."""
 
 
+def first_line(error):
+    """What an exception says, in one line; the name of its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def choose(kind, name, table):
     """`table[name]`, or an InputError that lists what there is and the nearest match."""
     if name in table:

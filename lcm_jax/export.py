@@ -94,7 +94,7 @@ def export_folder(folder, trained, model, spec, config):
     found['unet'] = weights.unbind(_tree(trained, base, spec))
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    few = config.objective != 'denoise'
+    few = OBJECTIVES[config.objective].target
     write_diffusers(few_step(ckpt) if few else ckpt, found, part)
     index = {'_lcm_jax': recipe(config, spec.w_dim)}  # diffusers leaves such keys aside
     changes = {Path(INDEX): index}

@@ -160,6 +160,7 @@ class Feed:
             )
 
     def load(self, source, start):
+        """-> the loader of this process's rows of the batches of a Source, from step `start` on."""
         return loader(
             source,
             () if source.encoded else self.tokenizers,
@@ -170,6 +171,7 @@ class Feed:
         )
 
     def on_mesh(self, batch):
+        """A batch of this process's rows -> {name: global array}."""
         return sharding.to_global(batch.arrays, self.home, self.rows, self.batch)
 
     def batches(self, start):

@@ -14,9 +14,8 @@ def grid(rows, columns, cells, *, notes=None, tile=96, margin=8, label_width=190
     tall = round(tile * cells[0][0].height / cells[0][0].width)
     font = ImageFont.load_default(font_size)
     longest = max(font.getlength(word) for c in columns for word in c.split())
-    small = ImageFont.load_default(
-        font_size * min(1, tile / longest)
-    )  # each word within its column
+    # Each word within its column.
+    small = ImageFont.load_default(font_size * min(1, tile / longest))
     columns = [wrap(c, tile, small) for c in columns]
     head = margin + max(c.count('\n') + 1 for c in columns) * (font_size + 4)
     pitch = tall + margin + (font_size + 2 if notes else 0)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lcm_jax.errors import InputError
+from lcm_jax.errors import InputError, first_line
 
 ID = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?')  # OWNER/NAME or OWNER/NAME@REVISION
 
@@ -28,7 +28,6 @@ def download(name, needed):
             options['local_files_only'] = True
         return Path(hf.snapshot_download(repo, **options))
     except Exception as e:  # the client raises many types, of its own and of its transport
-        said = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(
-            f'{name!r} is no folder or file here, and the hub does not give it: {said}'
+            f'{name!r} is no folder or file here, and the hub does not give it: {first_line(e)}'
         ) from e

@@ -3,7 +3,6 @@
 import numpy as np
 from PIL import Image
 
-from lcm_jax.data.emoji import to_float
 from lcm_jax.errors import InputError
 
 
@@ -20,9 +19,14 @@ def as_list(images, n, what):
     return images
 
 
+def signed(pictures):
+    """uint8 [..., 3] -> float32 in -1..1; numpy or jax."""
+    return pictures.astype(np.float32) / 127.5 - 1
+
+
 def picture(image, size):
     """PIL image -> [H,W,3] float32 in -1..1, resized to `size` (height, width) by Lanczos."""
-    return to_float(_resized(image.convert('RGB'), size))
+    return signed(np.asarray(_resized(image.convert('RGB'), size)))
 
 
 def mask(image, size):

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import type_handlers
 
-from lcm_jax.errors import InputError
+from lcm_jax.errors import InputError, first_line
 from lcm_jax.tensors import Tensor, finite
 
 BATCH = 2**27  # bytes read and written together: every write waits for the disk
@@ -47,15 +47,11 @@ def open_tree(folder):
     Raises InputError naming the folder, also when an array that is damaged is read.
     """
     folder = Path(folder).resolve()
-
-    def said(e):
-        return (str(e).strip() or type(e).__name__).splitlines()[0]
-
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
     except Exception as e:  # orbax and tensorstore raise many types for a damaged checkpoint
-        raise InputError(f'{folder} is not a readable orbax checkpoint: {said(e)}') from e
+        raise InputError(f'{folder} is not a readable orbax checkpoint: {first_line(e)}') from e
     context = ts.Context()
     base = {'driver': 'ocdbt', 'base': {'driver': 'file', 'path': f'{folder}/'}}
 
@@ -67,7 +63,9 @@ def open_tree(folder):
             try:
                 array = ts.open(spec, context=context, read=True).result().read().result()
             except Exception as e:
-                raise InputError(f'{folder} is not a readable orbax checkpoint: {said(e)}') from e
+                raise InputError(
+                    f'{folder} is not a readable orbax checkpoint: {first_line(e)}'
+                ) from e
             if not finite(array):
                 raise InputError(f'{folder}: {name} holds values that are not finite')
             return array
@@ -99,10 +97,8 @@ def fault(folder, trees=(), records=()):
     for tree in trees:
         try:
             sizes = _array_files(folder / tree)
-        except (
-            ValueError
-        ) as e:  # tensorstore's, of indices that are missing or do not match their sum
-            return f'the index of {tree}: {str(e).splitlines()[0]}'
+        except ValueError as e:  # tensorstore's: indices are missing or do not match their sum
+            return f'the index of {tree}: {first_line(e)}'
         for name, size in sizes.items():
             file = folder / tree / name
             have = file.stat().st_size if file.is_file() else 0

@@ -12,7 +12,7 @@ import traceback
 
 import jax
 
-from lcm_jax.errors import InputError
+from lcm_jax.errors import InputError, first_line
 
 EVERY = 1.0  # seconds between two looks
 LOST = 60.0  # seconds of silence after which a process is given up; JAX itself aborts after 100
@@ -94,7 +94,7 @@ class Peers:
         if isinstance(error, InputError):
             said = f'error: {error}'
         elif isinstance(error, jax.errors.JaxRuntimeError) and re.search(LINKS, str(error)):
-            said = f'error: another process is gone: {str(error).splitlines()[0]}; {AGAIN}'
+            said = f'error: another process is gone: {first_line(error)}; {AGAIN}'
         else:
             traceback.print_exception(error)
             said = f'error: {kind.__name__}: {error}'.splitlines()[0]

@@ -163,15 +163,6 @@ class Pipeline:
         self.adapters.update(added)
         self._remerge()
 
-    def with_lora(self, loras):
-        """A Pipeline that shares these weights and draws with this acceleration LoRA alone.
-
-        loras: {component: adapter as `lora.init` makes it}.
-        """
-        other = dataclasses.replace(self, adapters={'live': Adapter(loras, 1.0, True)})
-        other._remerge()
-        return other
-
     def _remerge(self):
         self.merged = adapters.merge(self.params, self.adapters.values())
 

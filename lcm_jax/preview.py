@@ -11,7 +11,7 @@ from PIL import Image
 from lcm_jax import samplers, sharding
 from lcm_jax.atomic import whole
 from lcm_jax.diffusion import denoiser, guided, side_by_side
-from lcm_jax.draw import Plan, decode, to_uint8
+from lcm_jax.draw import decode, to_uint8
 from lcm_jax.grid import grid
 from lcm_jax.logs import say
 
@@ -34,12 +34,10 @@ class Preview:
         factor, n = model.specs['vae'].factor, len(config.prompts)
         shape = (n, *(side // factor for side in size), model.specs['vae'].latent_channels)
         self.shape, self.program, self.programs = shape, program, {}
-        specs, schedule, platform = model.specs, model.schedule, mesh.devices.flat[0].platform
-        plan = Plan(
-            specs['unet'], specs['vae'], schedule.prediction_type, config.sampler, True, platform
-        )
+        samples = n if mesh.devices.flat[0].platform == 'tpu' else None
         self.decode = jax.jit(
-            lambda vae, z: to_uint8(decode(plan, vae, z)), out_shardings=sharding.replicated(mesh)
+            lambda vae, z: to_uint8(decode(model.specs['vae'], vae, z, samples)),
+            out_shardings=sharding.replicated(mesh),
         )
 
     def references(self, base, frozen):

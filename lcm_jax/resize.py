@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lcm_jax.errors import InputError
+from lcm_jax.images import signed
 from lcm_jax.models.configs import Config
 from lcm_jax.models.inception import SIZE
 from lcm_jax.tensors import read_json
@@ -34,11 +35,6 @@ def _each(fn, pictures):
     """fn over pictures side by side: PIL lets go of the interpreter while it resizes."""
     with ThreadPoolExecutor() as pool:
         return np.stack([*pool.map(fn, pictures)])
-
-
-def signed(pictures):
-    """uint8 -> float32 in -1..1; [..., 3]."""
-    return pictures.astype(jnp.float32) / 127.5 - 1
 
 
 def bilinear(x, size, centred):

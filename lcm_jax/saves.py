@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
-from lcm_jax.errors import InputError
+from lcm_jax.errors import InputError, first_line
 from lcm_jax.logs import say
 from lcm_jax.loop import Stopped
 from lcm_jax.orbax_io import fault
@@ -174,8 +174,8 @@ class Saves:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self.manager.restore(step, args=args)['state']
         except Exception as e:  # of many types, from orbax and tensorstore
-            said = next(iter(str(e).splitlines()), type(e).__name__)
-            raise InputError(f'{self.folder / str(step)} cannot be restored: {said}') from e
+            said = f'{self.folder / str(step)} cannot be restored: {first_line(e)}'
+            raise InputError(said) from e
 
     def _same(self, before):
         now = self.recipe

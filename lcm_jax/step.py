@@ -88,13 +88,13 @@ def program(specs, family, schedule, config, mesh):
 
     Raises InputError for settings outside what is supported, naming the key.
     """
-    check(config, sharding.groups(mesh))
+    objective = choose('objective', config.objective, OBJECTIVES)
+    check(config, objective, sharding.groups(mesh))
     for sampler, steps in (
         (config.preview.sampler, config.preview.steps),
         ('ddim', config.preview.teacher_steps),
     ):
         schedule.times(sampler, steps)  # raises InputError before hours are spent
-    objective = choose('objective', config.objective, OBJECTIVES)
     tx, rate = optimizer(config.train)
     base = shapes.unet_shapes(specs['unet'], DTYPES[config.dtype])
     student = choose('trains', config.trains, STUDENTS)(specs['unet'], base, config)
@@ -124,10 +124,10 @@ def program(specs, family, schedule, config, mesh):
     )
 
 
-def check(config, groups):
+def check(config, objective, groups):
     """InputError for values that mean nothing or do not go together.
 
-    groups: of devices that share samples.
+    objective: a row of OBJECTIVES; groups: of devices that share samples.
     """
     c, values = config.train, config.to_dict()
     for key, least in LEAST.items():
@@ -141,10 +141,11 @@ def check(config, groups):
         choose(key, values[part][name], table)
     if c.best == 'validation' and not config.data.validation:
         raise InputError("train.best = 'validation' needs a source in data.validation")
-    if c.best == 'distance' and config.objective == 'denoise':
+    if c.best == 'distance' and not objective.target:
         raise InputError(
-            "train.best = 'distance' is that to the base's pictures, from which objective 'denoise' "
-            "leads away; give 'validation', with a source in data.validation, or ''"
+            "train.best = 'distance' is that to the base's pictures, from which objective "
+            f"{config.objective!r} leads away; give 'validation', with a source in data.validation, "
+            "or ''"
         )
     if not 0 <= c.ema_decay < 1:
         raise InputError(f'train.ema_decay = {c.ema_decay}; from 0 (no average) to below 1')
@@ -196,12 +197,12 @@ def lora_student(spec, base, config):
 
 
 def full_student(spec, base, config):
-    """Parameters of the UNet by path, all or some; for LCM with an input for the guidance scale.
+    """Parameters of the UNet by path, all or some; for a guided teacher with an input for its scale.
 
     What the base lacks is always trained.
     """
     c = config.full
-    if config.objective == 'lcm' and not spec.w_dim:
+    if OBJECTIVES[config.objective].teacher and not spec.w_dim:
         spec = dataclasses.replace(spec, w_dim=c.w_dim)
     tree = shapes.unet_shapes(spec, DTYPES[config.dtype])
     taken = {path: x for path, x in named(tree) if re.fullmatch(c.trainable, path)}
@@ -245,8 +246,7 @@ def network(spec, params, mesh, remat='none'):
         def run(z):
             return apply_unet(UNet(spec, remat), params, z, t, **cond)
 
-        samples = samples_each(len(z), mesh)
-        return in_strips(run, z, spec.factor, samples) if samples else run(z)
+        return in_strips(run, z, spec.factor, samples_each(len(z), mesh))
 
     return net
 

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 
 from lcm_jax.atomic import whole
-from lcm_jax.errors import InputError
+from lcm_jax.errors import InputError, first_line
 
 # Names in a safetensors header, in the order in which the library writes them (the last comes first).
 DTYPES = {
@@ -202,8 +202,7 @@ def open_pickle(file):
         zipped = zipfile.is_zipfile(file)  # torch maps these; older files are read as a whole
         found = torch.load(file, map_location='cpu', weights_only=True, mmap=zipped)
     except Exception as e:  # pickle, torch and zip raise many types
-        said = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise InputError(f'{file} is not a PyTorch file of weights alone: {said}') from e
+        raise InputError(f'{file} is not a PyTorch file of weights alone: {first_line(e)}') from e
     found = found.get('state_dict', found) if isinstance(found, dict) else {}
     tensors = {key: x for key, x in found.items() if isinstance(x, torch.Tensor)}
     if not tensors:

@@ -41,11 +41,6 @@ def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def cast(tree, dtype):
-    """The tree with floating leaves in `dtype`."""
-    return jax.tree.map(lambda x: x.astype(dtype), tree)
-
-
 def digest(tree, *settings):
     """Tree of arrays, and anything that is JSON -> 12 hexadecimal digits of the SHA-256 of all of it.
 

@@ -128,16 +128,6 @@ def tiny_folder(tmp_path_factory):
     return functools.cache(lambda name: (root / name, write_model(root / name, tiny.MODELS[name])))
 
 
-@pytest.fixture(scope='session', params=['random', 'emoji'])
-def folder(request):
-    """A diffusers folder: the random one, and the shipped emoji model."""
-    if request.param == 'random':
-        return request.getfixturevalue('random_folder')
-    if not (EMOJI / 'pipeline' / 'model_index.json').is_file():
-        pytest.skip('the emoji weights are not trained yet')
-    return EMOJI / 'pipeline'
-
-
 def random_lora(params, scale=0.3):
     """An adapter of every module that LCM-LoRA adapts, strong enough to change pictures."""
     rng = np.random.default_rng(0)

@@ -187,11 +187,11 @@ def test_files_that_are_no_tars(tmp_path):
     ):
         with pytest.raises(InputError, match=f'1 of 1 files cannot be read.*{name}: .*{said}'):
             open_source(f'wds:{tmp_path}/{name}', DataSettings())
-    with pytest.raises(InputError, match=r'cannot open .*nope.tar'):
+    with pytest.raises(InputError, match=r'cannot read .*nope.tar'):
         open_source(f'wds:{tmp_path}/nope.tar', BORNE)
     with pytest.raises(InputError, match=r'no file matches .*nope-\*.tar'):
         open_source(f'wds:{tmp_path}/nope-*.tar', BORNE)
-    with pytest.raises(InputError, match=r'cannot open nope://x.tar: Protocol not known: nope'):
+    with pytest.raises(InputError, match=r'cannot read nope://x.tar: Protocol not known: nope'):
         open_source('wds:nope://x.tar', BORNE)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcm_jax import single, tensors, weights
-from lcm_jax.checkpoint import COMPONENTS, needed, open_model, weights_file
+from lcm_jax.checkpoint import needed, open_model, weights_file
 from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
 from lcm_jax.tensors import read_tensors, write_tensors
@@ -483,4 +483,3 @@ def test_hub_downloads_only_what_a_model_needs(hub, monkeypatch, folder):
         ]
     )
     assert not set(needed([])) - {'model_index.json', 'scheduler/scheduler_config.json'}
-    assert 'unet' in COMPONENTS

@@ -1,5 +1,6 @@
 """`lcm-jax`: what each verb writes; bad input ends with one line, a status and nothing written."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -9,10 +10,22 @@ import pytest
 from PIL import Image
 
 from lcm_jax import cli, train
+from lcm_jax.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
 ROOT = Path(cli.__file__).parents[1]
 CONFIG = str(ROOT / 'configs' / 'emoji_lcm_lora.py')
+
+
+def verbs(parser):
+    """-> the verbs of an ArgumentParser, and those below them: 'lora', 'lora inspect', ..."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, below in action.choices.items():
+                yield from (name, *(f'{name} {verb}' for verb in verbs(below)))
+
+
+VERBS = [*verbs(cli.parser())]
 
 
 @pytest.fixture
@@ -45,19 +58,14 @@ def refused(result, said, folder=Path('.')):
 def test_help_names_every_verb_and_imports_little():
     command = [sys.executable, '-X', 'importtime', '-m', 'lcm_jax.cli', '--help']
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    for verb in ('demo', 'train', 'sample', 'convert', 'lora', 'evaluate', 'measure', 'sweep'):
-        assert re.search(rf'^    {verb} ', done.stdout, re.M)
+    assert {'sample', 'lora check', 'data cache', 'plan'} < {*VERBS}
+    for verb in VERBS:
+        assert ' ' in verb or re.search(rf'^    {verb} ', done.stdout, re.M), verb
     imported = set(re.findall(r'\| +(\w[\w.]*)$', done.stderr, re.M))
     assert not imported & {'flax', 'orbax', 'orbax.checkpoint', 'transformers', 'optax'}
 
 
-@pytest.mark.parametrize(
-    'verb',
-    [
-        *('demo', 'train', 'sample', 'convert', 'lora', 'lora inspect', 'lora check'),
-        *('lora convert', 'lora merge', 'lora extract', 'evaluate', 'measure', 'sweep'),
-    ],
-)
+@pytest.mark.parametrize('verb', VERBS)
 def test_every_verb_has_help(run, verb):
     status, out, _ = run(*verb.split(), '--help')
     assert status == 0 and f'usage: lcm-jax {verb}' in out
@@ -110,6 +118,35 @@ def test_sample_from_a_picture(run, random_folder, tmp_path):
     assert status == 1 and 'cannot read the picture absent.png' in err
     status, _, err = run('sample', 'red heart', *quick, '--strength', 0.5)
     assert status == 1 and 'strength = 0.5 without an image' in err
+
+
+def test_pictures_are_read_as_in_training(tmp_path):
+    """Upright, on white where they are transparent, 16 bits of grey not clipped."""
+    file = tmp_path / 'in.png'
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by a quarter
+    Image.new('RGBA', (2, 3), (255, 0, 0, 0)).save(file, exif=exif)
+    picture = cli.read_picture(file)
+    assert picture.size == (3, 2) and picture.getcolors() == [(6, (255, 255, 255))]
+    Image.new('I;16', (1, 1), 0x4000).save(file)
+    assert cli.read_picture(file).getpixel((0, 0)) == (0x40,) * 3
+
+
+@pytest.mark.parametrize('form', ['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP'])
+def test_pictures_of_every_format_are_read(form, tmp_path):
+    file = tmp_path / 'picture'  # whatever its name
+    Image.new('RGB', (8, 4), 'white').save(file, form)
+    assert cli.read_picture(file).getcolors() == [(32, (255, 255, 255))]
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    file = tmp_path / 'in.png'
+    for data in (b'', b'no picture', b'\x89PNG\r\n\x1a\n'):
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=r'cannot read the picture .*in\.png, as JPEG, PNG, '):
+            cli.read_picture(file)
+    with pytest.raises(InputError, match=r'cannot read the picture .*: Is a directory'):
+        cli.read_picture(tmp_path)
 
 
 @pytest.mark.parametrize(

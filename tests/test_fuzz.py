@@ -273,10 +273,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_there_are_enough_cases():
-    assert sum(kind.cases for kind in KINDS.values()) >= 500
-
-
 @pytest.mark.parametrize('name', KINDS)
 def test_damaged_files(name, folder, tmp_path):
     make, load, damages, reference, cases = KINDS[name]

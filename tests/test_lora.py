@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lcm_jax import lora
@@ -16,7 +17,7 @@ from lcm_jax.errors import InputError
 from lcm_jax.models.shapes import unet_shapes
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.zoo import MODELS
-from lcm_jax.tree import cast, count, named
+from lcm_jax.tree import count, named
 
 # It has every kind of adapted layer: Dense with and without bias, 1x1, 3x3 and 3x3 strided conv.
 SPEC = UNetSpec(
@@ -90,7 +91,7 @@ def test_init_covers_the_targets_and_is_neutral():
         bound = np.prod(factors['down'].shape[:-1]) ** -0.5  # kaiming_uniform(a=sqrt(5)), as PEFT
         assert 0.8 * bound < np.abs(factors['down']).max() <= bound, path
         assert np.abs(factors['down'].mean()) < 0.5 * bound, path
-    jax.tree.map(np.testing.assert_array_equal, lora.merge(base(), ab), base())
+    jax.tree.map(np.testing.assert_array_equal, lora.merge(base(), [(ab, 1.0)]), base())
 
 
 def test_init_without_a_match_is_refused():
@@ -114,7 +115,7 @@ def forwards():
     args, params = inputs(), base(TINY)
     remat = partial(nn.remat(UNet)(TINY).apply, {'params': params})
     ways = {
-        'merge': lambda ab, scale: net(lora.merge(params, ab, scale), *args),
+        'merge': lambda ab, scale: net(lora.merge(params, [(ab, scale)]), *args),
         'apply': lambda ab, scale: lora.apply(partial(net, params), ab, scale)(*args),
         'apply, rematerialised': lambda ab, scale: lora.apply(remat, ab, scale)(*args),
     }
@@ -167,23 +168,25 @@ def test_apply_is_merge_for_every_form_of_a_layer(layer):
     shapes = jax.eval_shape(Net().init, jax.random.key(0), x)['params']
     params, ab = randomised(shapes, 0.3), randomised(abstract_adapter(shapes, 2), 0.5)
     applied = lora.apply(lambda x: Net().apply({'params': params}, x), ab, 0.7)(x)
-    want = Net().apply({'params': lora.merge(params, ab, 0.7)}, x)
+    want = Net().apply({'params': lora.merge(params, [(ab, 0.7)])}, x)
     assert relative(applied, want) < 1e-5
 
 
 def test_half_precision_base_stays_half():
-    half, args = cast(base(TINY), jnp.bfloat16), [x.astype(jnp.bfloat16) for x in inputs()]
+    half, *args = optax.tree.cast((base(TINY), *inputs()), jnp.bfloat16)
     scale = jnp.float32(0.7)
     out = jax.eval_shape(lambda ab: lora.apply(partial(net, half), ab, scale)(*args), adapter(TINY))
     assert out.dtype == jnp.bfloat16
-    merged = jax.eval_shape(lambda ab: lora.merge(half, ab, scale), adapter(TINY))
+    merged = jax.eval_shape(lambda ab: lora.merge(half, [(ab, scale)]), adapter(TINY))
     assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype('bfloat16')}
 
 
 def test_merge_adds_scaled_updates_and_undoes_them():
-    back = lora.merge(lora.merge(base(), adapter(), 0.8), adapter(), -0.8)
+    there, more = (adapter(), 0.8), (adapter(seed=5), 1.0)
+    back = lora.merge(lora.merge(base(), [there]), [(adapter(), -0.8)])
     assert relative(back, base()) < 1e-6
-    both = lora.merge(lora.merge(base(), adapter(), 0.8), adapter(seed=5), 1.0)
+    both = lora.merge(base(), [there, more])
+    assert relative(lora.merge(lora.merge(base(), [there]), [more]), both) < 1e-6
     path = 'mid_block.resnets.0/conv1/kernel'
     want = 0.8 * lora.delta(adapter()[path]) + lora.delta(adapter(seed=5)[path])
     got = dict(named(both))[path] - dict(named(base()))[path]
@@ -192,6 +195,8 @@ def test_merge_adds_scaled_updates_and_undoes_them():
 
 def test_merge_refuses_what_the_model_lacks():
     with pytest.raises(
-        InputError, match=r'1 of 1 adapted modules are not in the model: nowhere/kernel'
+        InputError, match=r'1 of 2 adapted modules are not in the model: nowhere/kernel'
     ):
-        lora.merge(base(), {'nowhere/kernel': adapter()['mid_block.resnets.0/conv1/kernel']})
+        path = 'mid_block.resnets.0/conv1/kernel'
+        ab = adapter()[path]
+        lora.merge(base(), [({path: ab}, 1.0), ({'nowhere/kernel': ab}, 1.0)])

@@ -282,7 +282,7 @@ def test_diffusers_reads_our_files_whole(tmp_path, caplog, diffusers_loads, kind
         short = {name.removeprefix('text_model.') for name in ours}
         assert {name.removeprefix('text_model.') for name in got[part]} == short
         before = weights.dump(models[part])
-        for key, want in weights.dump(lora.merge(models[part], pair)).items():
+        for key, want in weights.dump(lora.merge(models[part], [(pair, 1.0)])).items():
             theirs = fused[part].get(key, fused[part].get(key.removeprefix('text_model.')))
             np.testing.assert_allclose(theirs, want, rtol=1e-4, atol=1e-5, err_msg=key)
             if not np.array_equal(want, before[key]):
@@ -315,9 +315,8 @@ def test_what_diffusers_drops_of_other_files(tmp_path, diffusers_loads, kind, di
         for _, path, module, _ in lora_dialects.adapted(models)
         if f'unet {module}' not in drops
     }
-    want = weights.dump(
-        lora.merge(models['unet'], {p: ours['unet'][p] for p in kept & ours['unet'].keys()})
-    )
+    adapter = {path: ours['unet'][path] for path in kept & ours['unet'].keys()}
+    want = weights.dump(lora.merge(models['unet'], [(adapter, 1.0)]))
     assert relative(fused['unet'], {k: want[k] for k in fused['unet']}) < 1e-5
 
 

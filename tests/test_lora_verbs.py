@@ -205,7 +205,7 @@ def test_text_encoders_of_a_pipeline_are_adapted(random_folder, models, tmp_path
     pipe.add_lora(file, scale=0.5)
     adapters, _ = read_lora(file, models)
     for part in models:
-        want = lora.merge(pipe.params[part], adapters[part], 0.5)
+        want = lora.merge(pipe.params[part], [(adapters[part], 0.5)])
         assert relative(pipe.merged[part], want) < 1e-6
     assert relative(pipe.encode_text(['a cat']), plain) > 0.01
     pipe.set_scale('f', 0.0)

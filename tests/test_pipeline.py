@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import random_lora, write_random_lora
+from conftest import write_random_lora
 
-from lcm_jax import adapters, conditioning, samplers
+from lcm_jax import conditioning, lora, samplers
 from lcm_jax import pipeline as module
 from lcm_jax.data.emoji import EMOJI
 from lcm_jax.draw import draw
@@ -159,7 +159,7 @@ def test_only_shapes_and_steps_compile_anew(pipe, lora_file):
     pipe(PROMPTS[0], **options)
     pipe.add_lora(lora_file, name='warm')
     pipe.remove_lora('warm')
-    programs = draw, adapters._add, conditioning.encode_text, module._keys
+    programs = draw, lora._add, conditioning.encode_text, module._keys
     before = [p._cache_size() for p in programs]
     pipe(PROMPTS[1], **options | {'guidance': 5}, seed=3, negative='sad')
     pipe(PROMPTS[1], **options, timesteps=[900, 100])
@@ -174,14 +174,13 @@ def test_only_shapes_and_steps_compile_anew(pipe, lora_file):
 
 
 def test_loras_come_and_go(pipe, lora_file):
-    def draw(pipe=pipe):
+    def draw():
         return pixels(pipe(PROMPTS[0], **QUICK)).astype(int)
 
     plain = draw()
     pipe.add_lora(lora_file)
     styled = draw()
     assert np.abs(styled - plain).max() > 20
-    assert (draw(pipe.with_lora({'unet': random_lora(pipe.params['unet'])})) == styled).all()
     pipe.add_lora(lora_file, name='twice', scale=-1.0)  # updates add up
     assert np.abs(draw() - plain).max() <= 1
     pipe.set_scale('twice', 0.0)

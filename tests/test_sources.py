@@ -4,16 +4,18 @@ import io
 import json
 
 import fsspec
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 from sets import array_record, encoded, example, file_of, noise, sample, shard, tar_of
 
 from lcm_jax.data import files, samples
-from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.emoji import emoji
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.errors import InputError
+from lcm_jax.images import signed
 
 OFF = DataSettings(max_dropped=1.0)
 
@@ -329,4 +331,5 @@ def test_the_shipped_set():
 
 
 def test_pixel_range():
-    assert to_float(np.uint8([0, 255])).tolist() == [-1.0, 1.0]
+    for x in (signed(np.uint8([0, 255])), signed(jnp.uint8([0, 255]))):
+        assert x.dtype == np.float32 and x.tolist() == [-1.0, 1.0]

@@ -48,7 +48,7 @@ def test_unet_in_strips():
     assert_close(jax.jit(fn)(params, inputs), whole(params, inputs))
     adapter = draw(lora.init(jax.random.key(1), params, 2), 0.3)
     adapted = jax.jit(lora.apply(fn, adapter))(params, inputs)
-    assert_close(adapted, whole(lora.merge(params, adapter), inputs))
+    assert_close(adapted, whole(lora.merge(params, [(adapter, 1.0)]), inputs))
 
 
 def test_vae_in_strips():
@@ -67,12 +67,15 @@ def test_vae_in_strips():
     jax.tree.map(assert_close, *both(params, z))
 
 
-def test_a_width_that_no_strips_divide_stays_whole():
-    for width, stride, dims in ((12, 8, 4), (16, 8, 5), (65, 8, 4)):
-        seen = []
-        in_strips(
-            lambda x, seen=seen: seen.append(x.ndim) or x, jnp.zeros((1, 8, width, 1)), stride, 1
-        )
+def test_what_no_strips_divide_or_want_stays_whole():
+    for width, stride, samples, dims in (
+        (12, 8, 1, 4),
+        (16, 8, 1, 5),
+        (65, 8, 1, 4),
+        (16, 8, None, 4),
+    ):
+        x, seen = jnp.zeros((1, 8, width, 1)), []
+        in_strips(lambda x, seen=seen: seen.append(x.ndim) or x, x, stride, samples)
         assert seen == [dims]
 
 

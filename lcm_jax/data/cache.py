@@ -11,13 +11,12 @@ import json
 import math
 import re
 from pathlib import Path
-from zipfile import BadZipFile
 
 import ml_dtypes  # noqa: F401 - so that numpy knows 'bfloat16'
 import numpy as np
 
 from lcm_jax.atomic import write_json
-from lcm_jax.data.files import listed, opened
+from lcm_jax.data.files import listed, opened, reading
 from lcm_jax.data.records import UNREADABLE, check_address, reader
 from lcm_jax.data.samples import SCORES, Broken, Index, describe
 from lcm_jax.errors import InputError
@@ -144,13 +143,8 @@ def parts_of(folder):
 @contextlib.contextmanager
 def whole(url):
     """An open file, of which nothing may be wrong: InputError."""
-    try:
-        with opened(url) as file:
-            yield file
-    except InputError:  # of a remote one
-        raise
-    except (OSError, ValueError, KeyError, BadZipFile) as e:
-        raise InputError(f'cannot read {url}: {describe(e)}') from e
+    with reading(url), opened(url) as file:
+        yield file
 
 
 def fetch(paths, arrays, place):

@@ -36,12 +36,8 @@ def emoji(split, styles=STYLES):
 
 
 def read(file):
+    """A tar of the set -> its Samples, one after the other."""
     index = tars.index(file, 'txt')
     for key, place in zip(index.names, index.places, strict=True):
         raw = tars.fetch(file, place, 'txt')
         yield Sample(key, np.asarray(decode(raw.picture)), raw.captions[0])
-
-
-def to_float(pictures):
-    """uint8 [..., 3] -> float32 in -1..1."""
-    return np.asarray(pictures, np.float32) / 127.5 - 1

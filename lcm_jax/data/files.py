@@ -33,6 +33,8 @@ def reading(url):
     """What goes wrong with the file is an InputError that names it: stores have errors of all kinds."""
     try:
         yield
+    except InputError:  # of a file inside, which it names
+        raise
     except Exception as e:
         raise InputError(f'cannot read {url}: {describe(e)}') from e
 
@@ -72,13 +74,12 @@ def opened(url):
 
 def listed(folder):
     """A path or url -> names of what is in that folder, sorted; [] if there is none. Raises InputError."""
-    try:
-        fs, path = fsspec.core.url_to_fs(folder)
-        return sorted(p.rsplit('/', 1)[-1] for p in fs.ls(path, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except Exception as e:  # as in `reading`
-        raise InputError(f'cannot read {folder}: {describe(e)}') from e
+    with reading(folder):
+        try:
+            fs, path = fsspec.core.url_to_fs(folder)
+            return sorted(p.rsplit('/', 1)[-1] for p in fs.ls(path, detail=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
 
 def expand(pattern):
@@ -88,11 +89,9 @@ def expand(pattern):
         if not any(c in each for c in '*?['):
             urls.append(each)
             continue
-        try:
+        with reading(each):
             fs, path = fsspec.core.url_to_fs(each)
             urls += [fs.unstrip_protocol(p) if remote(each) else p for p in sorted(fs.glob(path))]
-        except Exception as e:  # as in `reading`
-            raise InputError(f'{each}: {describe(e)}') from e
     if not urls:
         raise InputError(f'no file matches {pattern}')
     return urls
@@ -172,11 +171,9 @@ def cache_folder():
 
 def kept(url, index_one, caption):
     """index_one(url, caption), from the cache if it has that. Raises InputError for no file."""
-    try:
+    with reading(url):
         fs, path = fsspec.core.url_to_fs(url)
         info = fs.info(path)
-    except Exception as e:  # as in `reading`
-        raise InputError(f'cannot open {url}: {describe(e)}') from e
     said = {key: str(info[key]) for key in CHANGES if key in info}
     key = json.dumps([VERSION, index_one.__module__, fs.unstrip_protocol(path), caption, said])
     file = cache_folder() / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz'

@@ -199,4 +199,5 @@ def picture_of(features):
 
 
 def raw(features, caption):
+    """Features of a record -> Raw. Raises Broken."""
     return Raw(picture_of(features), captions_of(caption, {}, features))

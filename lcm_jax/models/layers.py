@@ -39,9 +39,10 @@ def in_strips(fn, x, stride, samples):
     """fn of pictures x [B,h,w,C], which may take strips instead, by as many as TPUs want.
 
     stride: the product of all strides in fn; the strips' width must be a multiple of it. samples:
-    those of one device, less than B where the compiler divides the batch.
+    those of one device, less than B where the compiler divides the batch; None: pictures stay whole, as
+    strips pay on TPUs only.
     """
-    n = strips_for(samples)
+    n = 1 if samples is None else strips_for(samples)
     while n > 1 and x.shape[2] % (n * stride):
         n //= 2
     return from_strips(fn(to_strips(x, n))) if n > 1 else fn(x)

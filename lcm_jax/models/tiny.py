@@ -39,6 +39,8 @@ class Stack(nn.Module):
 
 
 class TinyEncoder(Stack):
+    """Pictures [B,8h,8w,3] in -1..1 -> latents [B,h,w,C]; 8 is `spec.factor`."""
+
     @nn.compact
     def __call__(self, x):
         s, i = self.spec, 0
@@ -53,6 +55,8 @@ class TinyEncoder(Stack):
 
 
 class TinyDecoder(Stack):
+    """Latents [B,h,w,C] -> pictures [B,8h,8w,3] in -1..1; 8 is `spec.factor`."""
+
     @nn.compact
     def __call__(self, z):
         s, i = self.spec, 2  # layer 1 is a ReLU

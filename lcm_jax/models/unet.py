@@ -24,9 +24,8 @@ class UNetSpec:
     """Sizes of a conditional UNet. Levels run from the finest resolution to the coarsest."""
 
     widths: tuple[int, ...]  # channels of each level
-    down: tuple[
-        tuple[int, ...], ...
-    ]  # [level][resnet] -> depth of the transformer after it (0: none)
+    # [level][resnet] -> depth of the transformer after it (0: none)
+    down: tuple[tuple[int, ...], ...]
     mid: int | None  # transformer depth in the middle (None: one lone resnet, as in SSD-1B)
     up: tuple[tuple[int, ...], ...]  # as `down`, from the coarsest level to the finest
     heads: tuple[int, ...]  # attention heads of each level
@@ -155,9 +154,8 @@ class UNet(nn.Module):
             for j, depth in enumerate(depths):
                 x = slot(jnp.concatenate([x, skips.pop()], -1), -1 - i, f'up_blocks.{i}', j, depth)
             if i < len(s.up) - 1:
-                x = upsample(x)[
-                    :, : skips[-1].shape[1], : skips[-1].shape[2]
-                ]  # less a row where odd
+                height, width = skips[-1].shape[1:3]
+                x = upsample(x)[:, :height, :width]  # less a row where odd
                 x = Conv3(s.widths[-1 - i], name=f'up_blocks.{i}.upsamplers.0.conv')(x)
 
         x = nn.silu(group_norm(s.groups, epsilon=1e-5, name='conv_norm_out')(x))

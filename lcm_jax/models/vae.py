@@ -41,19 +41,24 @@ class Coder(nn.Module):
     spec: VAESpec
 
     def resnet(self, x, level, name):
+        """x [B,h,w,C] -> [B,h,w,D], D the width of that level."""
         return ResNet(self.spec.widths[level], self.spec.groups, 1e-6, name=name)(x)
 
     def middle(self, x):
+        """Resnet, attention, resnet of the coarsest grid; the shape stays."""
         x = self.resnet(x, -1, 'mid_block.resnets.0')
         x = MidAttention(1, bias=True, groups=self.spec.groups, name='mid_block.attentions.0')(x)
         return self.resnet(x, -1, 'mid_block.resnets.1')
 
     def output(self, x, channels):
+        """x [B,h,w,C] -> [B,h,w,channels]."""
         x = nn.silu(group_norm(self.spec.groups, epsilon=1e-6, name='conv_norm_out')(x))
         return Conv3(channels, name='conv_out')(x)
 
 
 class Encoder(Coder):
+    """Pictures [B,8h,8w,3] -> [B,h,w,2C]: mean and logvar before `quant_conv`; 8 is `spec.factor`."""
+
     @nn.compact
     def __call__(self, x):
         s = self.spec
@@ -72,6 +77,8 @@ class Encoder(Coder):
 
 
 class Decoder(Coder):
+    """Latents after `post_quant_conv` [B,h,w,C] -> pictures [B,8h,8w,3]; 8 is `spec.factor`."""
+
     @nn.compact
     def __call__(self, z):
         s = self.spec

@@ -20,13 +20,13 @@ import small_loop
 from captions import variant
 
 from lcm_jax import metrics, weights
-from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.emoji import emoji
 from lcm_jax.data.order import shuffled
+from lcm_jax.images import signed
 from lcm_jax.models.clip import ImageEncoder, TextEncoder, TextSpec, VisionSpec
 from lcm_jax.models.configs import text_config, vision_config
 from lcm_jax.tensors import write_tensors
 from lcm_jax.text import Tokenizer
-from lcm_jax.tree import cast
 
 IMAGE = VisionSpec(width=128, layers=4, heads=4, mlp=512, projection=128, size=64, patch=8)
 
@@ -60,12 +60,31 @@ def augment(x, key):
     return x + 0.15 * jax.random.uniform(ks[4], (b, 1, 1, 1)) * jax.random.normal(ks[5], x.shape)
 
 
+def init(spec, key, x, ids):
+    """The parameters of both towers, for a batch such as (x, ids), and the logarithm of the scale."""
+    keys = jax.random.split(key)
+    return {
+        'text': TextEncoder(spec).init(keys[0], ids)['params'],
+        'image': ImageEncoder(IMAGE).init(keys[1], x)['params'],
+        'logit_scale': jnp.log(14.0),
+    }
+
+
+def unit(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
 def embed_text(spec, params, ids):
-    return metrics.unit(TextEncoder(spec).apply({'params': params['text']}, ids).pooled)
+    return unit(TextEncoder(spec).apply({'params': params['text']}, ids).pooled)
 
 
 def embed_image(params, x):
-    return metrics.unit(ImageEncoder(IMAGE).apply({'params': params['image']}, x))
+    return unit(ImageEncoder(IMAGE).apply({'params': params['image']}, x))
+
+
+def retrieval(images, texts):
+    """Embedded pairs [N,D] -> the share of pictures that find their caption among 100."""
+    return float(metrics.retrieved(images, texts, range(len(images))).mean())
 
 
 def loss(params, ema, frozen, batch, key, *, spec):
@@ -75,10 +94,7 @@ def loss(params, ema, frozen, batch, key, *, spec):
     logits = scale * embed_image(params, augment(x, key)) @ embed_text(spec, params, ids).T
     rows = jnp.arange(len(x))
     cross = optax.softmax_cross_entropy_with_integer_labels
-    return (cross(logits, rows).mean() + cross(logits.T, rows).mean()) / 2, {
-        'accuracy': jnp.mean(jnp.argmax(logits, 1) == rows),
-        'scale': scale,
-    }
+    return (cross(logits, rows).mean() + cross(logits.T, rows).mean()) / 2
 
 
 def main():
@@ -101,24 +117,19 @@ def main():
 
     def batch_at(i):
         rng, at = np.random.default_rng((1, i)), indices(i)
-        return to_float(pictures[at]), tokenizer([variant(train[j].caption, rng) for j in at])
+        return signed(pictures[at]), tokenizer([variant(train[j].caption, rng) for j in at])
 
-    x, ids = batch_at(0)
-    keys = jax.random.split(jax.random.key(0))
-    params = {
-        'text': jax.jit(TextEncoder(spec).init)(keys[0], ids)['params'],
-        'image': jax.jit(ImageEncoder(IMAGE).init)(keys[1], x)['params'],
-        'logit_scale': jnp.log(14.0),
-    }
-    rate = optax.warmup_cosine_decay_schedule(0, args.lr, 100, args.steps, args.lr / 50)
+    params = jax.jit(partial(init, spec))(jax.random.key(0), *batch_at(0))
+    warmup = min(100, args.steps // 4)
+    rate = optax.warmup_cosine_decay_schedule(0, args.lr, warmup, args.steps, args.lr / 50)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.1))
     texts, images = jax.jit(partial(embed_text, spec)), jax.jit(embed_image)
 
     def report(i, state):
         found = {}
         for name, samples in (('train', train[::16]), ('heldout', heldout)):
-            found[f'retrieval_{name}'] = metrics.retrieval(
-                np.asarray(images(state.ema, to_float(np.stack([s.picture for s in samples])))),
+            found[f'retrieval_{name}'] = retrieval(
+                np.asarray(images(state.ema, signed(np.stack([s.picture for s in samples])))),
                 np.asarray(texts(state.ema, tokenizer([s.caption for s in samples]))),
             )
         return found
@@ -130,7 +141,9 @@ def main():
         ('text_encoder', text_config(spec), state.ema['text']),
         ('image_encoder', vision_config(IMAGE), state.ema['image']),
     ):
-        write_tensors(out / folder / 'model.safetensors', weights.dump(cast(tree, jnp.float16)))
+        write_tensors(
+            out / folder / 'model.safetensors', weights.dump(optax.tree.cast(tree, jnp.float16))
+        )
         (out / folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
         print(f'wrote {out / folder}')
 

@@ -23,15 +23,17 @@ from PIL import Image
 from lcm_jax import weights
 from lcm_jax.checkpoint import open_folder
 from lcm_jax.conditioning import encode_text
-from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.emoji import emoji
 from lcm_jax.data.order import shuffled
-from lcm_jax.diffusion import alpha_sigma, schedule
+from lcm_jax.diffusion import schedule
+from lcm_jax.distill import Draws, Nets, Noise, denoise
 from lcm_jax.encode import batched, moments
+from lcm_jax.images import signed
 from lcm_jax.models.configs import unet_config
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.pipeline import Pipeline
 from lcm_jax.tensors import write_tensors
-from lcm_jax.tree import cast, count
+from lcm_jax.tree import count
 
 STYLES = ('noto', 'twemoji')
 VARIANTS = 6  # ways of saying each caption
@@ -111,10 +113,9 @@ def loss(params, ema, frozen, batch, key, *, spec, scaling, min_snr, drop=0.1):
     context = jnp.where(jax.random.bernoulli(keys[1], drop, (len(z), 1, 1)), null, context)
     t = jax.random.randint(keys[2], (len(z),), 0, 1000)
     eps = jax.random.normal(keys[3], z.shape)
-    alpha, sigma = alpha_sigma(schedule(), t, z.ndim)
-    out = UNet(spec).apply({'params': params}, alpha * z + sigma * eps, t, context)
-    weight = jnp.minimum(1.0, min_snr * (sigma / alpha) ** 2)
-    return jnp.mean(weight * (out - eps) ** 2)
+    nets = Nets(partial(UNet(spec).apply, {'params': params}), None, None)
+    told, noise = {'z': z, 'cond': {'context': context}}, Noise(schedule(), 'epsilon')
+    return jnp.mean(denoise(nets, told, Draws(eps, t, None, None), noise, min_snr=min_snr))
 
 
 def encoded(folder):
@@ -136,7 +137,7 @@ def encoded(folder):
         return batched(one, np.array(captions, object))['context']
 
     said = [[s.caption, *(variant(s.caption, rng) for _ in range(VARIANTS - 1))] for s in samples]
-    mean, logvar = batched(lambda x: encode(to_float(x)), np.stack([s.picture for s in samples]))
+    mean, logvar = batched(lambda x: encode(signed(x)), np.stack([s.picture for s in samples]))
     frozen = (
         mean,
         np.exp(0.5 * logvar),
@@ -150,7 +151,7 @@ def write_folder(folder, spec, params):
     """The UNet and what makes the folder a pipeline."""
     write_tensors(
         folder / 'unet' / 'diffusion_pytorch_model.safetensors',
-        weights.dump(cast(params, jnp.float16)),
+        weights.dump(optax.tree.cast(params, jnp.float16)),
     )
     for name, value in (
         ('unet/config.json', unet_config(spec, 8)),
@@ -192,7 +193,7 @@ def main():
             jax.random.key(0), z, jnp.zeros(1, int), frozen[3][None]
         )
         params = variables['params']
-    params = cast(params, jnp.float32)
+    params = optax.tree.cast(params, jnp.float32)
     print(f'{n} pictures, {count(params):,} parameters')
     rate = optax.warmup_cosine_decay_schedule(
         0, args.lr, args.steps // 40, args.steps, args.lr / 100

@@ -22,13 +22,13 @@ import small_loop
 
 from lcm_jax import weights
 from lcm_jax.checkpoint import open_folder
-from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.emoji import emoji
 from lcm_jax.data.order import shuffled
 from lcm_jax.encode import batched
+from lcm_jax.images import signed
 from lcm_jax.models.configs import vae_config
 from lcm_jax.models.vae import VAE, VAESpec
 from lcm_jax.tensors import write_tensors
-from lcm_jax.tree import cast
 
 SPEC = VAESpec(
     widths=(16, 32, 64, 128), resnets=1, latent_channels=16, groups=8, scaling_factor=1.0
@@ -57,7 +57,7 @@ def loss(params, ema, frozen, x, key, kl_weight=1e-4):
     z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
     error = vae.apply({'params': params}, z, method='decode') - x
     l2, kl = jnp.mean(error**2), 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
-    return jnp.mean(jnp.abs(error)) + l2 + kl_weight * kl, {'mse': l2, 'kl': kl}
+    return jnp.mean(jnp.abs(error)) + l2 + kl_weight * kl
 
 
 @jax.jit
@@ -84,11 +84,11 @@ def main():
     args = parser.parse_args()
 
     pictures = np.stack([s.picture for s in emoji('train')])
-    heldout = to_float(np.stack([s.picture for s in emoji('heldout')]))
+    heldout = signed(np.stack([s.picture for s in emoji('heldout')]))
     indices = shuffled(len(pictures), args.batch, 0)
 
     def batch_at(i):
-        return to_float(augment(pictures[indices(i)], np.random.default_rng((1, i))))
+        return signed(augment(pictures[indices(i)], np.random.default_rng((1, i))))
 
     out = Path(args.out)
     if args.decoder_only:
@@ -98,7 +98,8 @@ def main():
     else:
         params = jax.jit(VAE(SPEC).init)(jax.random.key(0), batch_at(0))['params']
         spec, frozen = None, {}
-    rate = optax.warmup_cosine_decay_schedule(0, args.lr, 100, args.steps, args.lr / 50)
+    warmup = min(100, args.steps // 4)
+    rate = optax.warmup_cosine_decay_schedule(0, args.lr, warmup, args.steps, args.lr / 50)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=1e-3))
 
     def report(i, state):
@@ -110,10 +111,11 @@ def main():
     params = {**state.ema, **frozen}
     if spec is None:  # the encoder is new: measure the scale of its latents
         encode = jax.jit(lambda p, x: VAE(SPEC).apply({'params': p}, x, method='encode')[0])
-        std = float(np.std(batched(partial(encode, params), to_float(pictures[::4]))))
+        std = float(np.std(batched(partial(encode, params), signed(pictures[::4]))))
         spec = dataclasses.replace(SPEC, scaling_factor=round(1 / std, 5))
     write_tensors(
-        out / 'diffusion_pytorch_model.safetensors', weights.dump(cast(params, jnp.float16))
+        out / 'diffusion_pytorch_model.safetensors',
+        weights.dump(optax.tree.cast(params, jnp.float16)),
     )
     (out / 'config.json').write_text(json.dumps(vae_config(spec, 64), indent=2) + '\n')
     print(f'wrote {out}; scaling factor {spec.scaling_factor}')

@@ -6,8 +6,9 @@ python tools/emoji/vae_psnr.py
 import jax
 import numpy as np
 
-from lcm_jax.data.emoji import emoji, to_float
+from lcm_jax.data.emoji import emoji
 from lcm_jax.encode import batched
+from lcm_jax.images import signed
 from lcm_jax.models.vae import VAE
 from lcm_jax.pipeline import Pipeline
 
@@ -17,7 +18,7 @@ def main():
     vae = jax.jit(
         lambda x: VAE(pipe.specs['vae']).apply({'params': pipe.params['vae']}, x).clip(-1, 1)
     )
-    x = to_float(np.stack([s.picture for s in emoji('heldout')]))
+    x = signed(np.stack([s.picture for s in emoji('heldout')]))
     psnr = np.mean(10 * np.log10(4 / np.mean((batched(vae, x) - x) ** 2, (1, 2, 3))))
     print(f'VAE, {len(x)} held-out pictures of three styles: {psnr:.2f} dB')
 
