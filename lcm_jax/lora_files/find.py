@@ -57,13 +57,14 @@ def term(text):
 def accelerates(file, metadata, name=''):
     """Whether a LoRA file is made for few steps without guidance.
 
-    Our metadata says so. Others are known by 'lcm' in `name` or the file's own, or by 'lcm-lora' in
-    its path where the file's name is that of all LoRAs.
+    Our metadata says so. Others are known by 'lcm' in `name` or the file's own; where that is the
+    name of all LoRAs, by 'lcm-lora' in the name of its folder, or of its repository in the hub's cache.
     """
     file = Path(file).absolute()
-    folders = str(file.parent).lower() if file.name in SAVED_AS else ''
+    repositories = [part.rpartition('--')[2] for part in file.parts if part.startswith('models--')]
+    named = [file.parent.name, *repositories] if file.name in SAVED_AS else []
     return (
         metadata.get(ACCELERATES) == 'true'
         or 'lcm' in f'{name} {file.stem}'.lower()
-        or bool(re.search('lcm[-_]lora', folders))
+        or any(re.search('lcm[-_]lora', folder.lower()) for folder in named)
     )
