@@ -462,6 +462,22 @@ def test_hub_ids_from_the_cache(folder, expected, hub):
             open_model(name)
 
 
+def test_variants_to_choose_from_on_the_hub_are_refused_before_the_download(hub, monkeypatch):
+    def snapshot_download(*_, **__):
+        raise AssertionError('downloaded')
+
+    stem = 'diffusion_pytorch_model'
+    files = [f'unet/{stem}.{x}.safetensors' for x in ('ema', 'fp16')]
+    monkeypatch.setattr('huggingface_hub.list_repo_files', lambda repo, **_: files)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    with pytest.raises(InputError) as e:
+        open_model('someone/tiny')
+    assert str(e.value) == (
+        f'someone/tiny/unet: choose one of {stem}.ema.safetensors, {stem}.fp16.safetensors '
+        f'and name it {stem}.safetensors'
+    )
+
+
 def test_hub_downloads_only_what_a_model_needs(hub, monkeypatch, folder):
     """The plain safetensors of each component, its shards, configs and tokenizers; nothing else."""
     asked = {}
