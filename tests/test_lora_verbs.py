@@ -44,9 +44,9 @@ def deltas(file, models):
 @pytest.mark.parametrize('dtype', [np.float16, np.float32])
 def test_convert_there_and_back(random_folder, models, tmp_path, dtype):
     options = {'alpha': 2.0, 'dtype': dtype, 'metadata': {'lcm_jax.accelerates': 'true'}}
-    kohya = write_random_lora(models['unet'], tmp_path / 'kohya.safetensors', **options)
+    kohya = write_random_lora(models['unet'], tmp_path / 'first.safetensors', **options)
     names = 'peft', 'kohya-sgm', 'kohya'
-    for before, after in zip(('kohya', *names), names, strict=False):
+    for before, after in zip(('first', *names), names, strict=False):
         files = (tmp_path / f'{name}.safetensors' for name in (before, after))
         said = verbs.convert_lora(*files, random_folder, after)
         assert said.endswith('79 modules of unet'), said
@@ -113,6 +113,16 @@ def test_a_sum_with_an_acceleration_lora_is_one(random_folder, models, tmp_path)
         assert open_tensors(out)[1].get('lcm_jax.accelerates') == marked
 
 
+def test_a_converted_file_accelerates_as_it_did(random_folder, lora_file, tmp_path):
+    """What only the name of the file or of its folder said is in the new one's metadata."""
+    usual = tmp_path / 'lcm-lora-tiny' / 'pytorch_lora_weights.safetensors'
+    usual.parent.mkdir()
+    for file, marked in ((shutil.copy(lora_file, usual), 'true'), (lora_file, None)):
+        out = tmp_path / f'{marked}.safetensors'
+        verbs.convert_lora(file, out, random_folder)
+        assert open_tensors(out)[1].get('lcm_jax.accelerates') == marked
+
+
 def test_merge_is_the_exact_sum(random_folder, models, tmp_path):
     files = [
         foreign(models, d, tmp_path / d, rank, seed=rank)
@@ -130,6 +140,7 @@ def test_merge_is_the_exact_sum(random_folder, models, tmp_path):
     assert got.keys() == want.keys() and relative(got, want) < 1e-3  # the file is float16
     assert 'lcm_jax.accelerates' not in open_tensors(out)[1]
     # Down to rank 2: the error is that of the SVD of every full update.
+    out = tmp_path / 'two.safetensors'
     said = verbs.merge_loras(terms, out, random_folder, rank=2)
     left = [np.linalg.svd(matrix(x), compute_uv=False)[2:] for x in want.values()]
     least = np.linalg.norm(np.concatenate(left)) / np.linalg.norm(
@@ -186,6 +197,16 @@ def test_extract(random_folder, models, tuned, tmp_path, rank):
     )
 
 
+@pytest.mark.parametrize('fast', [False, True])
+def test_the_difference_to_a_model_of_few_steps_accelerates(random_folder, tuned, tmp_path, fast):
+    folder, out = tuned(1), tmp_path / 'x.safetensors'
+    config = folder / 'scheduler/scheduler_config.json'
+    if fast:
+        config.write_text(config.read_text().replace('DDIMScheduler', 'LCMScheduler'))
+    verbs.extract_lora(random_folder, folder, out, 1)
+    assert open_tensors(out)[1].get('lcm_jax.accelerates') == ('true' if fast else None)
+
+
 def test_the_randomized_svd_is_near_the_best():
     rng = np.random.default_rng(0)
     for shape in ((3, 3, 30, 200), (400, 150)):
@@ -215,6 +236,9 @@ def test_text_encoders_of_a_pipeline_are_adapted(random_folder, models, tmp_path
 def test_refusals(lora_file, random_folder, models, tmp_path):
     out, bad = tmp_path / 'out.safetensors', random_folder / WEIGHTS['unet']
     same = shutil.copytree(random_folder, tmp_path / 'same')
+    there, term = same / 'there.safetensors', (lora_file, 1.0)
+    there.write_bytes(b'precious')
+    taken = r'there\.safetensors exists already; choose another name'
     for call, said in (
         (lambda: describe.inspect_lora(tmp_path / 'nope.safetensors'), 'no such file'),
         (lambda: describe.inspect_lora(bad), r'no LoRA factors in a known dialect \(kohya, '),
@@ -225,6 +249,9 @@ def test_refusals(lora_file, random_folder, models, tmp_path):
         ),
         (lambda: verbs.convert_lora(lora_file, out, tmp_path), 'neither a shipped model'),
         (lambda: verbs.convert_lora(bad, out, random_folder), 'belong to no module'),
+        (lambda: verbs.convert_lora(lora_file, there, random_folder), taken),
+        (lambda: verbs.merge_loras([term], there, random_folder), taken),
+        (lambda: verbs.extract_lora(random_folder, same, there, 4), taken),
         (lambda: verbs.merge_loras([(lora_file, 1.0)], out, random_folder, 0), 'rank = 0'),
         (lambda: verbs.merge_loras([(lora_file, 0.0)], out, random_folder, 1), 'update is zero'),
         (lambda: verbs.extract_lora(random_folder, same, out, 4), 'differ in no layer'),
@@ -235,7 +262,7 @@ def test_refusals(lora_file, random_folder, models, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             call()
-    assert [p.name for p in tmp_path.iterdir()] == ['same']
+    assert [p.name for p in tmp_path.iterdir()] == ['same'] and there.read_bytes() == b'precious'
 
 
 def test_an_incomplete_file_can_be_inspected(models, tmp_path):
