@@ -66,6 +66,15 @@ def test_convert_from_every_dialect(random_folder, models, tmp_path, dialect):
     assert got.keys() == want.keys() and relative(got, want) < 1e-6
 
 
+def test_an_alpha_that_means_nothing_is_not_that_of_the_new_file(random_folder, tmp_path):
+    stem, rng = 'lora_unet_mid_block_resnets_0_conv1', np.random.default_rng(0)
+    whole = {f'lokr_w{i}': rng.normal(size=n) for i, n in ((1, (4, 8)), (2, (8, 4, 3, 3)))}
+    tensors = {f'{stem}.{k}': np.float32(x) for k, x in (whole | {'alpha': 1e5}).items()}
+    write_tensors(tmp_path / 'f.safetensors', {k: np.asarray(x) for k, x in tensors.items()})
+    verbs.convert_lora(tmp_path / 'f.safetensors', tmp_path / 'g.safetensors', random_folder)
+    assert read_tensors(tmp_path / 'g.safetensors')[0][f'{stem}.alpha'] == 32  # the rank
+
+
 @pytest.mark.parametrize('dialect', [d for d in lora_dialects.DIALECTS if d != 'mixed'])
 def test_inspect_without_the_model(models, tmp_path, dialect):
     file = foreign(models, dialect, tmp_path / 'f.safetensors')

@@ -7,7 +7,7 @@ import numpy as np
 
 from lcm_jax.checkpoint import open_model
 from lcm_jax.errors import InputError, choose
-from lcm_jax.lora_files import algebra, dialects, peft_config, programs
+from lcm_jax.lora_files import algebra, dialects, methods, peft_config, programs
 from lcm_jax.lora_files.files import locate, modules, place, read_terms, write_lora
 from lcm_jax.lora_files.find import ACCELERATES, accelerates
 from lcm_jax.scheduler import few_steps
@@ -35,7 +35,12 @@ def convert_lora(file, out, model='emoji', dialect=None):
     tensors, metadata = open_tensors(file)
     config = peft_config.load(metadata, file)
     adapters = place(tensors, config, models, file)
-    alphas = {np.asarray(x).item() for key, x in tensors.items() if key.endswith('.alpha')}
+    found = locate(tensors, {part: modules(models[part]) for part in adapters}, file)
+    alphas = {
+        np.asarray(tensors[roles['alpha'][1]]).item()
+        for roles in found.values()
+        if 'alpha' in roles and methods.ranked(roles)
+    }
     alphas |= {float(v) for key, v in config.items() if key.endswith('lora_alpha') and v}
     alpha = alphas.pop() if len(alphas) == 1 else _rank(adapters)
     kept = {key: value for key, value in metadata.items() if not key.startswith(ANEW)}
