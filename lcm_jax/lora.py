@@ -69,8 +69,8 @@ def init(key, params, rank, targets=LCM_TARGETS):
 
 
 def delta(ab):
-    """{'down', 'up'} -> the full update, shaped like the kernel."""
-    return ab['down'] @ ab['up']
+    """{'down', 'up'}, or {'full'} -> the full update, shaped like the kernel."""
+    return ab['full'] if 'full' in ab else ab['down'] @ ab['up']
 
 
 def merge(params, lora, scale=1.0):

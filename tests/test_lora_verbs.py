@@ -3,13 +3,14 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import lora_dialects
 import numpy as np
 import pytest
 from conftest import random_lora, write_random_lora
 from test_lora import relative
 
-from lcm_jax import lora
+from lcm_jax import adapters, lora
 from lcm_jax.checkpoint import open_model
 from lcm_jax.errors import InputError
 from lcm_jax.lora_files import algebra, describe, verbs
@@ -66,13 +67,39 @@ def test_convert_from_every_dialect(random_folder, models, tmp_path, dialect):
     assert got.keys() == want.keys() and relative(got, want) < 1e-6
 
 
-def test_an_alpha_that_means_nothing_is_not_that_of_the_new_file(random_folder, tmp_path):
-    stem, rng = 'lora_unet_mid_block_resnets_0_conv1', np.random.default_rng(0)
+STEM = 'lora_unet_mid_block_resnets_0_conv1'
+
+
+@pytest.fixture
+def whole_lokr(tmp_path):
+    """A LoKr of two whole matrices, so of full rank, with an alpha that means nothing."""
+    rng = np.random.default_rng(0)
     whole = {f'lokr_w{i}': rng.normal(size=n) for i, n in ((1, (4, 8)), (2, (8, 4, 3, 3)))}
-    tensors = {f'{stem}.{k}': np.float32(x) for k, x in (whole | {'alpha': 1e5}).items()}
-    write_tensors(tmp_path / 'f.safetensors', {k: np.asarray(x) for k, x in tensors.items()})
-    verbs.convert_lora(tmp_path / 'f.safetensors', tmp_path / 'g.safetensors', random_folder)
-    assert read_tensors(tmp_path / 'g.safetensors')[0][f'{stem}.alpha'] == 32  # the rank
+    tensors = {f'{STEM}.{k}': np.asarray(x, np.float32) for k, x in whole.items()}
+    write_tensors(
+        tmp_path / 'lokr.safetensors', tensors | {f'{STEM}.alpha': np.asarray(1e5, np.float32)}
+    )
+    return tmp_path / 'lokr.safetensors'
+
+
+def test_an_alpha_that_means_nothing_is_not_that_of_the_new_file(
+    random_folder, whole_lokr, tmp_path
+):
+    verbs.convert_lora(whole_lokr, tmp_path / 'g.safetensors', random_folder)
+    assert read_tensors(tmp_path / 'g.safetensors')[0][f'{STEM}.alpha'] == 32  # the rank
+
+
+def test_an_update_that_is_larger_as_factors_is_held_as_one(random_folder, whole_lokr, lora_file):
+    params = {'unet': open_model(random_folder).load('unet', jnp.bfloat16)}
+    adapter = adapters.read_adapter(whole_lokr, 'lokr', 1.0, params)
+    ((path, held),) = adapter.loras['unet'].items()
+    w = dict(named(params['unet']))[path]
+    assert sum(x.nbytes for x in held.values()) == w.nbytes
+    got = dict(named(adapters.merge(params, [adapter])['unet']))[path]
+    update = lora.delta(read_lora(whole_lokr, params)[0]['unet'][path])
+    assert relative(got.astype(np.float32), w.astype(np.float32) + update) < 1e-2
+    small = adapters.read_adapter(lora_file, 'style', 1.0, params).loras['unet']
+    assert all(ab.keys() == {'down', 'up'} for ab in small.values())
 
 
 @pytest.mark.parametrize('dialect', [d for d in lora_dialects.DIALECTS if d != 'mixed'])
