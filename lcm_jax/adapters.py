@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from lcm_jax import lora as L
 from lcm_jax.lora_files.files import read_lora
 from lcm_jax.lora_files.find import accelerates, find
+from lcm_jax.tree import named
 
 
 class Adapter(NamedTuple):
     """A loaded LoRA."""
 
-    loras: dict[str, dict]  # component -> adapter, as `lora.init` makes it
+    loras: dict[str, dict]  # component -> adapter, as `lora.init` makes it or `_held` keeps it
     scale: float
     accelerates: bool  # made for few steps without guidance
 
@@ -26,7 +27,21 @@ def read_adapter(lora, name, scale, params):
     """
     file = find(lora)
     loras, metadata = read_lora(file, params)
-    return Adapter(jax.tree.map(jnp.asarray, loras), scale, accelerates(file, metadata, name))
+    held = {}
+    for part, lora in loras.items():
+        kernels = dict(named(params[part]))
+        held[part] = {path: _held(ab, kernels[path]) for path, ab in lora.items()}
+    return Adapter(held, scale, accelerates(file, metadata, name))
+
+
+def _held(ab, w):
+    """A pair as it is kept beside its kernel: {'full'} in its dtype where the factors are larger.
+
+    Such is the update of a LoKr with whole matrices, and of a LoHa of a high rank.
+    """
+    larger = ab['down'].size + ab['up'].size > w.size
+    ab = jax.tree.map(jnp.asarray, ab)
+    return {'full': L.delta(ab).astype(w.dtype)} if larger else ab
 
 
 def merge(params, adapters):

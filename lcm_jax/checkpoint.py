@@ -108,7 +108,7 @@ def open_model(name, prediction_type=None):
     if path.is_file():
         return open_single(path, prediction_type)
     if not path.exists() and hub.ID.fullmatch(str(name)):
-        path = hub.download(str(name), needed)
+        path = hub.download(str(name), functools.partial(needed, source=name))
     found = open_folder(path)
     if not found.configs:
         raise InputError(
@@ -168,12 +168,12 @@ def open_single(file, prediction_type=None):
     return new
 
 
-def needed(names):
-    """All file names of a repository -> those that a model needs."""
+def needed(names, source='repository'):
+    """All file names of a repository, called `source` in errors -> those that a model needs."""
     yield from (INDEX, str(SCHEDULER))
     for part in COMPONENTS:
         inside = {n.partition('/')[2] for n in names if n.startswith(part + '/')}
-        if file := weights_file(inside):
+        if file := weights_file(inside, f'{source}/{part}'):
             yield f'{part}/config.json'
             yield f'{part}/{file}'
         if file and file.endswith('.json'):  # an index: all its shards
@@ -199,11 +199,11 @@ STEMS = ('diffusion_pytorch_model', 'model', 'pytorch_model')  # diffusers, tran
 ENDS = ('safetensors', 'bin')
 
 
-def weights_file(names):
+def weights_file(names, source='folder'):
     """File names of a component's folder -> the one to open: weights, or the index of their shards.
 
     safetensors before pickles, the plain file before variants such as fp16, one file before shards.
-    None if there is none. Raises InputError where the only choice is between variants.
+    None if there is none. Raises InputError, naming `source`, where the only choice is between variants.
     """
     for end in ENDS:
         for stem in STEMS:
@@ -213,7 +213,9 @@ def weights_file(names):
             for variant in (rf'{stem}\.(\w+)\.{end}', rf'{stem}\.{end}\.index\.(\w+)\.json'):
                 found = sorted(name for name in names if re.fullmatch(variant, name))
                 if len(found) > 1:
-                    raise InputError(f'choose one of {", ".join(found)} and name it {stem}.{end}')
+                    raise InputError(
+                        f'{source}: choose one of {", ".join(found)} and name it {stem}.{end}'
+                    )
                 if found:
                     return found[0]
     return None
@@ -229,10 +231,7 @@ def open_component(folder, default):
 
         return weights.unbind(orbax_io.open_tree(folder / PARAMS))
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    try:
-        name = weights_file(names)
-    except InputError as e:
-        raise InputError(f'{folder}: {e}') from e
+    name = weights_file(names, folder)
     if name is None:
         raise InputError(f'no such file: {folder / default}')
     if name.endswith('.json'):

@@ -51,8 +51,7 @@ def sample(args):
         prediction_type=args.prediction_type,
     )
     scales = args.scale + [1.0] * (len(args.lora) - len(args.scale))
-    for file, scale in zip(args.lora, scales, strict=True):
-        pipe.add_lora(file, scale=scale)
+    pipe.set_loras(zip(args.lora, scales, strict=True))
     options = {name: getattr(args, name) for name in PASSED_ON}
     pictures = pipe(args.prompt, image=image, mask=mask, **options)
     save(strip(pictures) if len(pictures) > 1 else pictures[0], args.out)

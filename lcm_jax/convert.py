@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +19,12 @@ from lcm_jax.lora_files.files import read_terms
 from lcm_jax.tensors import write_tensors
 from lcm_jax.tree import named
 
+# What is copied from the root of a model's folder, beside what its index names.
+KEPT = re.compile(
+    r'.*\.(json|md|txt)|(licen[cs]e|notice|copying)\b.*'
+    r'|tokenizer.*|scheduler|feature_extractor|safety_checker',
+    re.IGNORECASE,
+)
 DTYPES = {'keep': None, 'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
 
@@ -157,14 +164,21 @@ NAMES = {
 
 
 def write_rest(ckpt, found, folder):
-    """All of a folder but the weights: copied where the model is a folder, else made."""
+    """All of a model's folder but the weights: copied where the model is a folder, else made."""
 
-    def weights_in(path, names):
-        inside = Path(path).parent == ckpt.folder and Path(path).name in found
-        return {n for n in names if inside and (not n.endswith('.json') or '.index.' in n)}
+    def left(path, names):
+        """Weights, hidden files, and at the root what is no part of the model."""
+        path = Path(path)
+        if path == ckpt.folder:
+            kept = {n for n in names if KEPT.fullmatch(n)} | ckpt.index.keys() | COMPONENTS.keys()
+        elif path.parent == ckpt.folder and path.name in found:
+            kept = {n for n in names if n.endswith('.json') and '.index.' not in n}
+        else:
+            kept = {*names}
+        return {n for n in names if n not in kept or n.startswith('.')}
 
     if ckpt.folder.is_dir():
-        shutil.copytree(ckpt.folder, folder, ignore=weights_in)
+        shutil.copytree(ckpt.folder, folder, ignore=left)
         copied = open_folder(folder)
         for file, mine, theirs in (
             (SCHEDULER, ckpt.scheduler, copied.scheduler),

@@ -12,7 +12,8 @@ def download(name, needed):
     """A hub id -> the folder of its snapshot in the cache, with the files that `needed` names.
 
     needed: all file names of the repository -> those wanted, or patterns of them. Offline, or with
-    HF_HUB_OFFLINE=1, what the cache holds is taken. Raises InputError if there is no such model.
+    HF_HUB_OFFLINE=1, what the cache holds is taken. Raises InputError if there is no such model, and
+    before the download what `needed` raises.
     """
     import huggingface_hub as hf  # a second to import: only for models of the hub
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -21,12 +22,16 @@ def download(name, needed):
     options = {'revision': revision or None}
     try:
         try:
-            options['allow_patterns'] = list(needed(hf.list_repo_files(repo, **options)))
+            names = hf.list_repo_files(repo, **options)
         except (RepositoryNotFoundError, RevisionNotFoundError):
             raise
         except Exception:  # no network, in any of its ways to fail
             options['local_files_only'] = True
+        else:
+            options['allow_patterns'] = list(needed(names))
         return Path(hf.snapshot_download(repo, **options))
+    except InputError:  # of `needed`
+        raise
     except Exception as e:  # the client raises many types, of its own and of its transport
         raise InputError(
             f'{name!r} is no folder or file here, and the hub does not give it: {first_line(e)}'

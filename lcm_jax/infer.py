@@ -146,15 +146,19 @@ def prediction_type(tensors, metadata, prefix, sd2):
     return 'v_prediction' if guess and np.asarray(bias).std(dtype=float) > 0.09 else 'epsilon'
 
 
-def components(shapes, parts):
-    """{component: Part} of a file -> {component: config.json}, as diffusers would write them."""
+def components(shapes, parts, side=64):
+    """{component: Part} of a file -> {component: config.json}, as diffusers would write them.
+
+    side: of the latents that Stable Diffusion 1 and 2 were trained with; SDXL's is 128.
+    """
     out, xl = {}, False
     if 'unet' in parts:
         spec = unet(shapes, parts['unet'].prefix)
         xl = bool(spec.size_dim)
-        out['unet'] = configs.unet_config(spec, 128 if xl else 64)
+        side = 128 if xl else side
+        out['unet'] = configs.unet_config(spec, side)
     if 'vae' in parts:
-        out['vae'] = configs.vae_config(vae(shapes, parts['vae'].prefix, xl), 1024 if xl else 512)
+        out['vae'] = configs.vae_config(vae(shapes, parts['vae'].prefix, xl), 8 * side)
     for name in ('text_encoder', 'text_encoder_2'):
         if name in parts:
             prefix = parts[name].prefix

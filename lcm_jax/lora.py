@@ -69,12 +69,12 @@ def init(key, params, rank, targets=LCM_TARGETS):
 
 
 def delta(ab):
-    """{'down', 'up'} -> the full update, shaped like the kernel."""
-    return ab['down'] @ ab['up']
+    """{'down', 'up'}, or {'full'} -> the full update, shaped like the kernel."""
+    return ab['full'] if 'full' in ab else ab['down'] @ ab['up']
 
 
 def add(w, updates):
-    """Kernel, [({'down', 'up'}, scale)] -> the kernel plus the sum of scale times update; numpy or jax.
+    """Kernel, [(pair as `delta` takes it, scale)] -> the kernel plus the sum of scale times update; numpy or jax.
 
     The sum is taken in float32, whatever the kernel's dtype.
     """

@@ -2,6 +2,8 @@
 
 import sys
 
+OUT = '.safetensors file to write; it must not exist'
+
 
 def inspect(args):
     from lcm_jax.lora_files.describe import inspect_lora
@@ -66,13 +68,13 @@ def add(verbs, verb):
 
     p = verb(convert, 'convert', 'write a LoRA file in another dialect', group)
     p.add_argument('file')
-    p.add_argument('out', help='.safetensors file to write')
+    p.add_argument('out', help=OUT)
     model(p)
     dialect(p)
 
     p = verb(merge, 'merge', 'write the weighted sum of LoRA files as one file', group)
     p.add_argument('terms', nargs='+', metavar='FILE:SCALE', help='without :SCALE it is 1')
-    p.add_argument('out', help='.safetensors file to write')
+    p.add_argument('out', help=OUT)
     p.add_argument('--rank', type=int, help='by SVD; default: exact, the ranks add up')
     model(p)
     dialect(p)
@@ -80,6 +82,6 @@ def add(verbs, verb):
     p = verb(extract, 'extract', 'write the difference of two models as a LoRA', group)
     p.add_argument('base', help='a model in any form')
     p.add_argument('tuned', help='a fine-tune of it')
-    p.add_argument('out', help='.safetensors file to write')
+    p.add_argument('out', help=OUT)
     p.add_argument('--rank', type=int, required=True)
     dialect(p)

@@ -164,6 +164,7 @@ class Pipeline:
         self._remerge()
 
     def _remerge(self):
+        self.merged = self.params  # lets go of the old sums before there are new ones
         self.merged = adapters.merge(self.params, self.adapters.values())
 
     def __call__(

@@ -87,5 +87,10 @@ def read_schedule(config, source='scheduler/scheduler_config.json'):
         spacing if spacing == 'trailing' else None,
         config.get('steps_offset', 1),
         ends,
-        config.get('_class_name') == 'LCMScheduler',
+        few_steps(config),
     )
+
+
+def few_steps(config):
+    """scheduler_config.json as a dict -> whether it is a consistency model's."""
+    return config.get('_class_name') == 'LCMScheduler'

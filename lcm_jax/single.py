@@ -128,6 +128,8 @@ def describe(found, metadata, source, prediction_type=None):
     InputError.
     """
     layout, parts = recognise(found, source)
+    if prediction_type:
+        choose('prediction_type', prediction_type, KINDS)
     if MODEL in metadata:
         try:
             model = json.loads(metadata[MODEL])
@@ -141,8 +143,9 @@ def describe(found, metadata, source, prediction_type=None):
             )
     else:
         shapes = infer.Shapes({key: x.shape for key, x in found.items()}, source)
-        described = infer.components(shapes, parts)
-        kind = infer.prediction_type(found, metadata, UNET.prefix, layout == SD2)
+        sd2 = layout == SD2
+        kind = prediction_type or infer.prediction_type(found, metadata, UNET.prefix, sd2)
+        described = infer.components(shapes, parts, 96 if sd2 and kind == 'v_prediction' else 64)
         model = {
             'configs': described,
             'index': index(described),
@@ -150,7 +153,6 @@ def describe(found, metadata, source, prediction_type=None):
             'texts': {},
         }
     if prediction_type:
-        choose('prediction_type', prediction_type, KINDS)
         model['scheduler']['prediction_type'] = prediction_type
     return layout, parts, model
 
@@ -175,7 +177,11 @@ def index(described):
 
 
 def scheduler(described, kind, zero_snr):
-    """The noise schedule that all of Stable Diffusion shares, as scheduler_config.json."""
+    """The noise schedule that all of Stable Diffusion shares, as scheduler_config.json.
+
+    With zero terminal SNR the last time alone is pure noise: 'trailing' steps begin there
+    (arXiv 2305.08891), 'leading' ones do not.
+    """
     return {
         '_class_name': index(described)['scheduler'][1],
         'beta_schedule': 'scaled_linear',
@@ -187,7 +193,7 @@ def scheduler(described, kind, zero_snr):
         'set_alpha_to_one': False,
         'steps_offset': 1,
         'clip_sample': False,
-        'timestep_spacing': 'leading',
+        'timestep_spacing': 'trailing' if zero_snr else 'leading',
     }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lcm_jax.errors import InputError
 
-FILES = (('tokenizer.json',), ('vocab.json', 'merges.txt'))  # transformers 5 writes the first
+FILES = (('tokenizer.json',), ('vocab.json', 'merges.txt'))  # transformers 5 writes the first alone
 MERGES = Path(__file__).parent / 'clip_tokenizer' / 'merges.txt.gz'
 START, END = '<|startoftext|>', '<|endoftext|>'
 LENGTH = 77  # positions of every CLIP text encoder
@@ -59,9 +59,10 @@ class Tokenizer:
         return self.tokenizer.pad_token == pad and self.tokenizer.get_vocab() == vocabulary()[0]
 
     def texts(self):
-        """-> {file name: text} of the folder that transformers loads."""
+        """-> {file name: text} of the folder that transformers loads, in version 4 too."""
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
+            self.tokenizer.backend_tokenizer.model.save(folder)
             return {p.name: p.read_text(encoding='utf-8') for p in Path(folder).iterdir()}
 
     def cut(self, prompts):

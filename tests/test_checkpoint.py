@@ -205,11 +205,31 @@ def test_prediction_type(single_file, tmp_path):
     zero = np.zeros(0, np.float16)
     assert kind()['prediction_type'] == 'epsilon'
     assert kind({'v_pred': zero})['prediction_type'] == 'v_prediction'
-    assert kind({'v_pred': zero, 'ztsnr': zero})['rescale_betas_zero_snr'] is True
+    assert kind({'v_pred': zero})['timestep_spacing'] == 'leading'
+    zero_snr = kind({'v_pred': zero, 'ztsnr': zero})
+    assert zero_snr['rescale_betas_zero_snr'] is True
+    assert zero_snr['timestep_spacing'] == 'trailing'  # arXiv 2305.08891, section 3.4
     assert kind(metadata={'modelspec.prediction_type': 'v'})['prediction_type'] == 'v_prediction'
     assert kind(prediction_type='v_prediction')['prediction_type'] == 'v_prediction'
     with pytest.raises(InputError, match="unknown prediction_type 'v'"):
         kind(prediction_type='v')
+
+
+@pytest.mark.parametrize(
+    ('name', 'metadata', 'options', 'px'),
+    [
+        ('sd2', {}, {}, 512),
+        ('sd2', {'modelspec.prediction_type': 'v'}, {}, 768),
+        ('sd2', {}, {'prediction_type': 'v_prediction'}, 768),
+        ('sd2', {'modelspec.prediction_type': 'v'}, {'prediction_type': 'epsilon'}, 512),
+        ('sd1', {}, {'prediction_type': 'v_prediction'}, 512),
+        ('sdxl', {'modelspec.prediction_type': 'v'}, {}, 1024),
+    ],
+)
+def test_the_size_of_pictures_of_a_single_file(single_file, tmp_path, name, metadata, options, px):
+    write_tensors(tmp_path / 'x.safetensors', read_tensors(single_file(name))[0], metadata)
+    found = open_model(tmp_path / 'x.safetensors', **options).configs
+    assert (found['unet']['sample_size'], found['vae']['sample_size']) == (px // 8, px)
 
 
 def test_sd2_of_either_kind_is_told_by_a_norm():
@@ -440,6 +460,22 @@ def test_hub_ids_from_the_cache(folder, expected, hub):
     for name in ('someone/other', 'someone/tiny@other'):
         with pytest.raises(InputError, match=f"'{name}' is no folder .* the hub does not give it"):
             open_model(name)
+
+
+def test_variants_to_choose_from_on_the_hub_are_refused_before_the_download(hub, monkeypatch):
+    def snapshot_download(*_, **__):
+        raise AssertionError('downloaded')
+
+    stem = 'diffusion_pytorch_model'
+    files = [f'unet/{stem}.{x}.safetensors' for x in ('ema', 'fp16')]
+    monkeypatch.setattr('huggingface_hub.list_repo_files', lambda repo, **_: files)
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    with pytest.raises(InputError) as e:
+        open_model('someone/tiny')
+    assert str(e.value) == (
+        f'someone/tiny/unet: choose one of {stem}.ema.safetensors, {stem}.fp16.safetensors '
+        f'and name it {stem}.safetensors'
+    )
 
 
 def test_hub_downloads_only_what_a_model_needs(hub, monkeypatch, folder):

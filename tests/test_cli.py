@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,16 @@ def test_sample(run, random_folder, lora_file):
     assert err == 'warning: the negative prompt has no effect at guidance 1; it acts above 1\n'
 
 
+def test_sample_with_two_loras_of_one_name(run, random_folder, lora_file):
+    """As diffusers calls all it saves."""
+    loras = []
+    for folder in ('one', 'two'):
+        Path(folder).mkdir()
+        loras += ['--lora', shutil.copy(lora_file, f'{folder}/pytorch_lora_weights.safetensors')]
+    quick = ('--model', random_folder, '--steps', 1, '--sampler', 'ddim', '--guidance', 1)
+    assert run('sample', 'red heart', *quick, *loras, '--scale', 0.5) == (0, 'wrote out.png\n', '')
+
+
 def test_sample_from_a_picture(run, random_folder, tmp_path):
     image = Image.effect_noise((41, 33), 90).convert('RGB')
     image.save(tmp_path / 'in.png')
@@ -160,7 +171,10 @@ def test_what_is_no_picture_is_refused(tmp_path):
         (['--steps', 60, '--sampler', 'lcm'], 'lcm takes a whole number from 1 to 50'),
         (['--lora', 'nope.safetensors'], "'nope.safetensors' is neither a shipped LoRA"),
         (['--lora', CONFIG], 'emoji_lcm_lora.py is not a readable safetensors file'),
-        (['--lora', 'LORA', '--lora', 'LORA'], "a LoRA named 'style' is loaded already"),
+        (
+            ['--lora', 'LORA', '--lora', 'LORA'],
+            r"LoRA '.*style.safetensors' is given twice; give the sum",
+        ),
         (['--scale', '2'], '1 --scale for 0 --lora'),
         (['--size', 30, 32], 'size 30 x 32: both must be multiples of 4'),
         (['--seed', -1], 'seed = -1'),

@@ -54,6 +54,22 @@ def test_there_and_back_to_the_last_bit(canonical, tmp_path):
     assert [p.name for p in (tmp_path / 'new').iterdir()] == ['orbax']  # no temporary folder stays
 
 
+@pytest.mark.parametrize('form', ['diffusers', 'orbax'])
+def test_what_is_no_part_of_the_model_is_not_copied(canonical, tmp_path, form):
+    source = shutil.copytree(canonical, tmp_path / 'source')
+    convert(source, tmp_path / 'plain', form)
+    kept = 'README.md', 'LICENSE', 'recipe.json', 'tokenizer_2/vocab.json', 'feature_extractor/x'
+    others = '.git/HEAD', 'v1-5-pruned.ckpt', 'all.safetensors', 'onnx/x', 'tokenizer/.DS_Store'
+    for name in kept + others:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text('x')
+    convert(source, tmp_path / 'out', form)
+    plain, out = (
+        {name for name in files(tmp_path / f) if '/params/' not in name} for f in ('plain', 'out')
+    )
+    assert out == plain | {*kept}
+
+
 def test_the_checkpoint_is_the_tree_that_the_pipeline_has(random_folder, tmp_path):
     convert(random_folder, tmp_path / 'orbax')
     with ocp.StandardCheckpointer() as checkpointer:

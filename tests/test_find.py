@@ -42,6 +42,41 @@ def test_hub_ids_from_the_cache(hub):
         find('someone/other')
 
 
+@pytest.fixture
+def listed(monkeypatch, tmp_path):
+    """listed(files) -> what is asked of a hub whose repositories hold these."""
+
+    def snapshot_download(repo, **options):
+        asked.update(options)
+        for name in options['allow_patterns']:
+            shutil.copy(LORAS['lcm'], tmp_path / name)
+        return tmp_path
+
+    def listed(files):
+        monkeypatch.setattr('huggingface_hub.list_repo_files', lambda repo, **_: files)
+        monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+        return asked
+
+    asked = {}
+    return listed
+
+
+def test_several_loras_are_refused_before_any_is_downloaded(listed):
+    files = ['README.md', 'a.safetensors', 'b.safetensors', 'old/c.safetensors']
+    asked = listed(files)
+    with pytest.raises(
+        InputError, match=r'o/styles holds a.safetensors, b.safetensors; name one LoRA'
+    ):
+        find('o/styles')
+    listed(files[:1])
+    with pytest.raises(InputError, match=r'o/styles holds no \.safetensors file'):
+        find('o/styles')
+    assert not asked
+    listed([*files[:2], files[3], 'adapter_config.json'])
+    assert find('o/styles').name == 'a.safetensors'
+    assert asked['allow_patterns'] == ['a.safetensors', 'adapter_config.json']
+
+
 @pytest.mark.parametrize(
     ('file', 'metadata', 'name', 'fast'),
     [
@@ -51,6 +86,9 @@ def test_hub_ids_from_the_cache(hub):
         ('style.safetensors', {}, 'my-lcm', True),
         (f'lcm-lora-sdxl/{USUAL}', {}, '', True),
         (f'models--latent-consistency--lcm-lora-sdv1-5/snapshots/1/{USUAL}', {}, '', True),
+        (f'models--o--LCM_LoRA-x/snapshots/1/fp16/{USUAL}', {}, '', True),
+        (f'models--lcm-lora-fans--style/snapshots/1/{USUAL}', {}, '', False),
+        (f'lcm-lora-experiments/watercolor/{USUAL}', {}, '', False),
         (f'style/{USUAL}', {}, '', False),
         ('lcm_lora_runs/style.safetensors', {}, '', False),
     ],

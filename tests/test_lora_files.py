@@ -14,7 +14,7 @@ import torch
 from test_lora import SPEC, adapter, randomised, relative
 
 from lcm_jax import lora, weights
-from lcm_jax.lora_files import files
+from lcm_jax.lora_files import describe, files
 from lcm_jax.lora_files.dialects import WRITTEN
 from lcm_jax.lora_files.files import read_lora, write_lora
 from lcm_jax.models import configs
@@ -419,6 +419,19 @@ def test_lycoris(tmp_path, case):
     assert ab['down'].shape[-1] <= 16  # it fits the layer
     write(tmp_path / 'g', {path: ab}, dtype=np.float32)
     assert relative(lora.delta(read(tmp_path / 'g')[path]), delta) < 1e-6
+
+
+@pytest.mark.parametrize('alpha', [np.float32(1e5), np.float16(np.inf)])
+def test_an_alpha_that_means_nothing_is_left_aside(tmp_path, alpha):
+    """LyCORIS writes one with LoKr matrices that have no rank; half precision does not hold it."""
+    tensors = {f'{CONV}.lokr_w1': draw(4, 2), f'{CONV}.lokr_w2': draw(4, 8, 3, 3)}
+    write_tensors(tmp_path / 'f.safetensors', tensors | {f'{CONV}.alpha': np.asarray(alpha)})
+    write_tensors(tmp_path / 'g.safetensors', tensors)
+    said = describe.inspect_lora(tmp_path / 'f.safetensors')
+    assert 'alpha       not in the file; taken as the rank' in said
+    jax.tree.map(
+        np.testing.assert_array_equal, *(read(tmp_path / f'{x}.safetensors') for x in 'fg')
+    )
 
 
 @pytest.mark.parametrize('rslora', [False, True])

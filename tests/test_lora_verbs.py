@@ -3,13 +3,14 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import lora_dialects
 import numpy as np
 import pytest
 from conftest import random_lora, write_random_lora
 from test_lora import relative
 
-from lcm_jax import lora
+from lcm_jax import adapters, lora
 from lcm_jax.checkpoint import open_model
 from lcm_jax.errors import InputError
 from lcm_jax.lora_files import algebra, describe, verbs
@@ -44,9 +45,9 @@ def deltas(file, models):
 @pytest.mark.parametrize('dtype', [np.float16, np.float32])
 def test_convert_there_and_back(random_folder, models, tmp_path, dtype):
     options = {'alpha': 2.0, 'dtype': dtype, 'metadata': {'lcm_jax.accelerates': 'true'}}
-    kohya = write_random_lora(models['unet'], tmp_path / 'kohya.safetensors', **options)
+    kohya = write_random_lora(models['unet'], tmp_path / 'first.safetensors', **options)
     names = 'peft', 'kohya-sgm', 'kohya'
-    for before, after in zip(('kohya', *names), names, strict=False):
+    for before, after in zip(('first', *names), names, strict=False):
         files = (tmp_path / f'{name}.safetensors' for name in (before, after))
         said = verbs.convert_lora(*files, random_folder, after)
         assert said.endswith('79 modules of unet'), said
@@ -64,6 +65,41 @@ def test_convert_from_every_dialect(random_folder, models, tmp_path, dialect):
     verbs.convert_lora(file, tmp_path / 'ours.safetensors', random_folder)
     want, got = (deltas(tmp_path / f'{name}.safetensors', models) for name in ('theirs', 'ours'))
     assert got.keys() == want.keys() and relative(got, want) < 1e-6
+
+
+STEM = 'lora_unet_mid_block_resnets_0_conv1'
+
+
+@pytest.fixture
+def whole_lokr(tmp_path):
+    """A LoKr of two whole matrices, so of full rank, with an alpha that means nothing."""
+    rng = np.random.default_rng(0)
+    whole = {f'lokr_w{i}': rng.normal(size=n) for i, n in ((1, (4, 8)), (2, (8, 4, 3, 3)))}
+    tensors = {f'{STEM}.{k}': np.asarray(x, np.float32) for k, x in whole.items()}
+    write_tensors(
+        tmp_path / 'lokr.safetensors', tensors | {f'{STEM}.alpha': np.asarray(1e5, np.float32)}
+    )
+    return tmp_path / 'lokr.safetensors'
+
+
+def test_an_alpha_that_means_nothing_is_not_that_of_the_new_file(
+    random_folder, whole_lokr, tmp_path
+):
+    verbs.convert_lora(whole_lokr, tmp_path / 'g.safetensors', random_folder)
+    assert read_tensors(tmp_path / 'g.safetensors')[0][f'{STEM}.alpha'] == 32  # the rank
+
+
+def test_an_update_that_is_larger_as_factors_is_held_as_one(random_folder, whole_lokr, lora_file):
+    params = {'unet': open_model(random_folder).load('unet', jnp.bfloat16)}
+    adapter = adapters.read_adapter(whole_lokr, 'lokr', 1.0, params)
+    ((path, held),) = adapter.loras['unet'].items()
+    w = dict(named(params['unet']))[path]
+    assert sum(x.nbytes for x in held.values()) == w.nbytes
+    got = dict(named(adapters.merge(params, [adapter])['unet']))[path]
+    update = lora.delta(read_lora(whole_lokr, params)[0]['unet'][path])
+    assert relative(got.astype(np.float32), w.astype(np.float32) + update) < 1e-2
+    small = adapters.read_adapter(lora_file, 'style', 1.0, params).loras['unet']
+    assert all(ab.keys() == {'down', 'up'} for ab in small.values())
 
 
 @pytest.mark.parametrize('dialect', [d for d in lora_dialects.DIALECTS if d != 'mixed'])
@@ -113,6 +149,16 @@ def test_a_sum_with_an_acceleration_lora_is_one(random_folder, models, tmp_path)
         assert open_tensors(out)[1].get('lcm_jax.accelerates') == marked
 
 
+def test_a_converted_file_accelerates_as_it_did(random_folder, lora_file, tmp_path):
+    """What only the name of the file or of its folder said is in the new one's metadata."""
+    usual = tmp_path / 'lcm-lora-tiny' / 'pytorch_lora_weights.safetensors'
+    usual.parent.mkdir()
+    for file, marked in ((shutil.copy(lora_file, usual), 'true'), (lora_file, None)):
+        out = tmp_path / f'{marked}.safetensors'
+        verbs.convert_lora(file, out, random_folder)
+        assert open_tensors(out)[1].get('lcm_jax.accelerates') == marked
+
+
 def test_merge_is_the_exact_sum(random_folder, models, tmp_path):
     files = [
         foreign(models, d, tmp_path / d, rank, seed=rank)
@@ -130,6 +176,7 @@ def test_merge_is_the_exact_sum(random_folder, models, tmp_path):
     assert got.keys() == want.keys() and relative(got, want) < 1e-3  # the file is float16
     assert 'lcm_jax.accelerates' not in open_tensors(out)[1]
     # Down to rank 2: the error is that of the SVD of every full update.
+    out = tmp_path / 'two.safetensors'
     said = verbs.merge_loras(terms, out, random_folder, rank=2)
     left = [np.linalg.svd(matrix(x), compute_uv=False)[2:] for x in want.values()]
     least = np.linalg.norm(np.concatenate(left)) / np.linalg.norm(
@@ -186,6 +233,16 @@ def test_extract(random_folder, models, tuned, tmp_path, rank):
     )
 
 
+@pytest.mark.parametrize('fast', [False, True])
+def test_the_difference_to_a_model_of_few_steps_accelerates(random_folder, tuned, tmp_path, fast):
+    folder, out = tuned(1), tmp_path / 'x.safetensors'
+    config = folder / 'scheduler/scheduler_config.json'
+    if fast:
+        config.write_text(config.read_text().replace('DDIMScheduler', 'LCMScheduler'))
+    verbs.extract_lora(random_folder, folder, out, 1)
+    assert open_tensors(out)[1].get('lcm_jax.accelerates') == ('true' if fast else None)
+
+
 def test_the_randomized_svd_is_near_the_best():
     rng = np.random.default_rng(0)
     for shape in ((3, 3, 30, 200), (400, 150)):
@@ -215,6 +272,9 @@ def test_text_encoders_of_a_pipeline_are_adapted(random_folder, models, tmp_path
 def test_refusals(lora_file, random_folder, models, tmp_path):
     out, bad = tmp_path / 'out.safetensors', random_folder / WEIGHTS['unet']
     same = shutil.copytree(random_folder, tmp_path / 'same')
+    there, term = same / 'there.safetensors', (lora_file, 1.0)
+    there.write_bytes(b'precious')
+    taken = r'there\.safetensors exists already; choose another name'
     for call, said in (
         (lambda: describe.inspect_lora(tmp_path / 'nope.safetensors'), 'no such file'),
         (lambda: describe.inspect_lora(bad), r'no LoRA factors in a known dialect \(kohya, '),
@@ -225,6 +285,9 @@ def test_refusals(lora_file, random_folder, models, tmp_path):
         ),
         (lambda: verbs.convert_lora(lora_file, out, tmp_path), 'neither a shipped model'),
         (lambda: verbs.convert_lora(bad, out, random_folder), 'belong to no module'),
+        (lambda: verbs.convert_lora(lora_file, there, random_folder), taken),
+        (lambda: verbs.merge_loras([term], there, random_folder), taken),
+        (lambda: verbs.extract_lora(random_folder, same, there, 4), taken),
         (lambda: verbs.merge_loras([(lora_file, 1.0)], out, random_folder, 0), 'rank = 0'),
         (lambda: verbs.merge_loras([(lora_file, 0.0)], out, random_folder, 1), 'update is zero'),
         (lambda: verbs.extract_lora(random_folder, same, out, 4), 'differ in no layer'),
@@ -235,7 +298,7 @@ def test_refusals(lora_file, random_folder, models, tmp_path):
     ):
         with pytest.raises(InputError, match=said):
             call()
-    assert [p.name for p in tmp_path.iterdir()] == ['same']
+    assert [p.name for p in tmp_path.iterdir()] == ['same'] and there.read_bytes() == b'precious'
 
 
 def test_an_incomplete_file_can_be_inspected(models, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+import weakref
 
 import diffusers
 import jax
@@ -207,6 +208,22 @@ def test_loras_are_set_together_even_if_their_files_have_one_name(pipe, lora_fil
     assert len(pipe.adapters) == 2
     pipe.set_loras([])
     assert not pipe.adapters
+
+
+def test_the_old_sum_is_let_go_before_the_new_one_is_made(pipe, lora_file, monkeypatch):
+    def made(*args):
+        assert old() is None
+        return merge(*args)
+
+    pipe.add_lora(lora_file)
+    adapted = jax.tree.map(lambda x, y: x is not y, pipe.merged['unet'], pipe.params['unet'])
+    sums = zip(jax.tree.leaves(pipe.merged['unet']), jax.tree.leaves(adapted), strict=True)
+    old = weakref.ref(next(x for x, is_sum in sums if is_sum))
+    del sums
+    merge = adapters.merge
+    monkeypatch.setattr(adapters, 'merge', made)
+    pipe.set_scale('style', 0.5)
+    pipe.remove_lora('style')
 
 
 def test_a_list_can_be_drawn_in_parts(pipe):

@@ -51,3 +51,8 @@ def test_saved_and_read_by_us_and_by_transformers(clip, tmp_path):
         np.testing.assert_array_equal(again(prompts), clip(prompts))
     theirs = AutoTokenizer.from_pretrained(tmp_path)(prompts, padding='max_length').input_ids
     np.testing.assert_array_equal(theirs, clip(prompts))
+    # What the CLIPTokenizer of transformers 4 reads, which knows no tokenizer.json.
+    (tmp_path / 'tokenizer.json').unlink()
+    assert json.loads((tmp_path / 'vocab.json').read_text()) == vocabulary()[0]
+    assert (tmp_path / 'merges.txt').read_bytes() == gzip.decompress(MERGES.read_bytes())
+    np.testing.assert_array_equal(Tokenizer(tmp_path)(prompts), clip(prompts))

@@ -14,7 +14,6 @@ from lcm_jax.tensors import open_tensors
 BLOCK = re.compile(
     r'(?:down|up|input|output)_blocks[._]\d+|mid_block|middle_block|[a-z_]*layers[._]\d+'
 )
-RANK = 'down', 'hada_w1_b', 'lokr_w2_b', 'lokr_w1_b'  # the first that is there has the rank
 
 
 def inspect_lora(file):
@@ -60,21 +59,23 @@ def _summary(arrays, options):
     alphas = [
         np.asarray(a['alpha']).item()
         for a in arrays.values()
-        if 'alpha' in a and a['alpha'].size == 1
+        if methods.ranked(a) and 'alpha' in a and a['alpha'].size == 1
     ]
     said = [o['lora_alpha'] for o in options.values() if o.get('lora_alpha')]
-    ranks = [
-        next((tensors[role].shape[0] for role in RANK if role in tensors and tensors[role].ndim), 0)
-        for tensors in arrays.values()
-    ]
     return {
         'method': ', '.join(sorted({methods.name(a.keys() - {'alpha'}) for a in arrays.values()})),
         'modules': ', '.join(f'{counts[c]} {c}' for c in dialects.COMPONENTS if c in counts),
-        'rank': _listed(filter(None, ranks)),
+        'rank': _listed(filter(None, map(_rank, arrays.values()))),
         'alpha': _listed(alphas) or _listed(said) or 'not in the file; taken as the rank',
         'parameters': f'{sum(x.size for x in factors):,}',
         'dtype': ', '.join(sorted({str(x.dtype) for x in factors})),
     }
+
+
+def _rank(tensors):
+    """{role: array} of a module -> its rank; 0 if it has none."""
+    role = next((r for r in methods.RANK if r in tensors and tensors[r].ndim), None)
+    return tensors[role].shape[0] if role else 0
 
 
 def survey(tensors):

@@ -19,15 +19,10 @@ def find(name):
     """A LoRA file, a folder or hub id with one, or a key of LORAS -> path. InputError if there is none."""
     path = Path(LORAS.get(str(name), name))
     if not path.exists() and path.suffix != '.safetensors' and hub.ID.fullmatch(str(name)):
-        path = hub.download(str(name), needed)
+        path = hub.download(str(name), lambda names: needed(names, name))
     if path.is_dir():
         there = [file.name for file in sorted(path.iterdir())]
-        wanted = [file for file in needed(there) if file.endswith('.safetensors')]
-        if len(wanted) != 1:
-            raise InputError(
-                f'{name} holds {", ".join(wanted) or "no .safetensors file"}; name one LoRA file'
-            )
-        return path / wanted[0]
+        return path / needed(there, name)[0]
     if not path.is_file():
         raise InputError(
             f'{str(name)!r} is neither a shipped LoRA ({", ".join(LORAS)})'
@@ -36,11 +31,19 @@ def find(name):
     return path
 
 
-def needed(names):
-    """All file names of a folder or repository -> those of its LoRA: the usual one, or what there is."""
+def needed(names, source):
+    """All file names of a folder or repository -> those of its LoRA, the weights first.
+
+    They are called as usual, or the only ones. Raises InputError that names `source` if not.
+    """
     usual = [name for name in SAVED_AS if name in names][:1]
-    yield from usual or (name for name in names if name.endswith('.safetensors'))
-    yield from (name for name in names if name == 'adapter_config.json')
+    found = usual or [name for name in names if re.fullmatch(r'[^/]*\.safetensors', name)]
+    if len(found) != 1:
+        raise InputError(
+            f'{source} holds {", ".join(found) or "no .safetensors file"}; name one LoRA file '
+            '(of a hub repository, download it first)'
+        )
+    return [*found, *(name for name in names if name == 'adapter_config.json')]
 
 
 def term(text):
@@ -57,13 +60,14 @@ def term(text):
 def accelerates(file, metadata, name=''):
     """Whether a LoRA file is made for few steps without guidance.
 
-    Our metadata says so. Others are known by 'lcm' in `name` or the file's own, or by 'lcm-lora' in
-    its path where the file's name is that of all LoRAs.
+    Our metadata says so. Others are known by 'lcm' in `name` or the file's own; where that is the
+    name of all LoRAs, by 'lcm-lora' in the name of its folder, or of its repository in the hub's cache.
     """
     file = Path(file).absolute()
-    folders = str(file.parent).lower() if file.name in SAVED_AS else ''
+    repositories = [part.rpartition('--')[2] for part in file.parts if part.startswith('models--')]
+    named = [file.parent.name, *repositories] if file.name in SAVED_AS else []
     return (
         metadata.get(ACCELERATES) == 'true'
         or 'lcm' in f'{name} {file.stem}'.lower()
-        or bool(re.search('lcm[-_]lora', folders))
+        or any(re.search('lcm[-_]lora', folder.lower()) for folder in named)
     )

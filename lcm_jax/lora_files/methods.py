@@ -22,7 +22,6 @@ def update(tensors, options, module, shape=None):
     they make no such update.
     """
     factors = {role: np.asarray(x, np.float32) for role, x in tensors.items() if role != 'alpha'}
-    alpha = tensors.get('alpha')
     lacking = _lacking(factors.keys())
     if lacking:
         raise Misfit('are incomplete', f'has {" and ".join(factors) or "alpha"} without {lacking}')
@@ -38,6 +37,7 @@ def update(tensors, options, module, shape=None):
         shapes = ' and '.join(str(x.shape) for x in factors.values())
         weight = f' for {tuple(map(int, shape))}' if shape else ''
         raise Misfit('do not fit the weight', f'has {shapes}{weight}') from e
+    alpha = None if rank is None else tensors.get('alpha')
     if alpha is not None and alpha.size != 1:
         raise Misfit('have an alpha that is not one number', f'of shape {alpha.shape}')
     alpha = None if alpha is None else float(np.asarray(alpha, np.float32).item())
@@ -112,7 +112,7 @@ def _lokr(t, shape):
     )
     if len(a) * len(c) != shape[0] or b[0].size * d[0].size != np.prod(shape[1:]):
         raise ValueError('factors of another shape')
-    rank = next((len(t[name]) for name in ('lokr_w2_b', 'lokr_w1_b') if name in t), None)
+    rank = next((len(t[name]) for name in RANK if name in t), None)
     return np.kron(a, c), np.kron(b, d), rank
 
 
@@ -123,6 +123,7 @@ def _whole(w):
 
 
 _LOHA = {'hada_w1_a', 'hada_w1_b', 'hada_w2_a', 'hada_w2_b'}
+RANK = 'down', 'hada_w1_b', 'lokr_w2_b', 'lokr_w1_b'  # the first that is there has the rank
 LOKR = ('lokr_w1', None), ('lokr_w2', 'lokr_t2')  # the matrices and their cores
 METHODS = (  # the roles that a module has in the file, all of them and no other
     ({'up', 'down'}, _lora),
@@ -160,6 +161,11 @@ def _implied_shape(tensors):
             up, down = _part(tensors, name, core)
             sides.append((len(up), down.shape[1]))
     return tuple(np.prod(sides, axis=0))
+
+
+def ranked(roles):
+    """Whether a module of these `roles` has a rank; if not, its alpha means nothing."""
+    return any(role in roles for role in RANK)
 
 
 def name(roles):

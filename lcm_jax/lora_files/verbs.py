@@ -7,9 +7,10 @@ import numpy as np
 
 from lcm_jax.checkpoint import open_model
 from lcm_jax.errors import InputError, choose
-from lcm_jax.lora_files import algebra, dialects, peft_config, programs
+from lcm_jax.lora_files import algebra, dialects, methods, peft_config, programs
 from lcm_jax.lora_files.files import locate, modules, place, read_terms, write_lora
-from lcm_jax.lora_files.find import ACCELERATES
+from lcm_jax.lora_files.find import ACCELERATES, accelerates
+from lcm_jax.scheduler import few_steps
 from lcm_jax.tensors import open_tensors
 
 ANEW = 'format', 'ss_network_', 'sshs_', peft_config.KEY  # metadata that describes the old form
@@ -26,17 +27,23 @@ def convert_lora(file, out, model='emoji', dialect=None):
     """Write a LoRA file for `model` in another dialect, by default the model family's own.
 
     float16 stays float16, anything else becomes float32; alpha stays what it is, or becomes the
-    rank where modules differ in it. Raises InputError if `out` is no .safetensors name or the file
-    does not fit the model.
+    rank where modules differ in it. What accelerates is marked so in the metadata. Raises InputError
+    if `out` is no .safetensors name or exists, or the file does not fit the model.
     """
     _accept(out)
     models = models_of(model)
     tensors, metadata = open_tensors(file)
     config = peft_config.load(metadata, file)
     adapters = place(tensors, config, models, file)
-    alphas = {np.asarray(x).item() for key, x in tensors.items() if key.endswith('.alpha')}
+    found = locate(tensors, {part: modules(models[part]) for part in adapters}, file)
+    alphas = {
+        np.asarray(tensors[roles['alpha'][1]]).item()
+        for roles in found.values()
+        if 'alpha' in roles and methods.ranked(roles)
+    }
     alphas |= {float(v) for key, v in config.items() if key.endswith('lora_alpha') and v}
     alpha = alphas.pop() if len(alphas) == 1 else _rank(adapters)
+    kept = {key: value for key, value in metadata.items() if not key.startswith(ANEW)}
     half = all(x.dtype == np.float16 for x in tensors.values())
     write_lora(
         out,
@@ -45,7 +52,7 @@ def convert_lora(file, out, model='emoji', dialect=None):
         alpha=alpha,
         dialect=dialect,
         dtype=np.float16 if half else np.float32,
-        metadata={key: value for key, value in metadata.items() if not key.startswith(ANEW)},
+        metadata=kept | _mark(accelerates(file, metadata)),
     )
     return f'wrote {out}: {_count(adapters)}'
 
@@ -86,8 +93,7 @@ def merge_loras(terms, out, model='emoji', rank=None, dialect=None):
         norms = [algebra.norm(ab) for adapter in sums.values() for ab in adapter.values()]
         sums, errors = _each(functools.partial(algebra.truncated, rank=rank), sums)
         said = f', relative error {algebra.relative(errors, norms):.2e}'
-    metadata = {ACCELERATES: 'true'} if fast else {}
-    write_lora(out, sums, models, alpha=_rank(sums), dialect=dialect, metadata=metadata)
+    write_lora(out, sums, models, alpha=_rank(sums), dialect=dialect, metadata=_mark(fast))
     return f'wrote {out}: {_count(sums)}, rank {_rank(sums)}{said}'
 
 
@@ -95,17 +101,20 @@ def extract_lora(base, tuned, out, rank, dialect=None):
     """Write the difference of two models' components as a LoRA of `rank`, by SVD.
 
     All layers with a kernel that differ are in it, convolutions too. Tells the relative error, and
-    how much of the difference lies in what no LoRA holds (biases, norms, embeddings). One tensor of
-    each model is in memory at a time. Raises InputError if the models do not fit each
-    other or do not differ.
+    how much of the difference lies in what no LoRA holds (biases, norms, embeddings). What makes a
+    few-step model of another accelerates, the metadata says. One tensor of each model is in memory
+    at a time. Raises InputError if `out` is no .safetensors name or exists, or if the models do not
+    fit each other or do not differ.
     """
     _accept(out, rank)
     models = models_of(base)
     if models_of(tuned) != models:
         raise InputError(f'{tuned} and {base} are not models of the same sizes')
+    ckpts = [open_model(name) for name in (base, tuned)]
+    already, fast = (few_steps(ckpt.scheduler) for ckpt in ckpts)
     adapters, errors, norms, rest = {}, [], [], []
     for part in models:
-        before, after = (open_model(name).tensors(part) for name in (base, tuned))
+        before, after = (ckpt.tensors(part) for ckpt in ckpts)
         spots = modules(models[part])
         for key in before:
             delta = np.asarray(after[key], np.float32) - np.asarray(before[key], np.float32)
@@ -120,7 +129,8 @@ def extract_lora(base, tuned, out, rank, dialect=None):
                 rest.append(size)
     if not adapters:
         raise InputError(f'{tuned} and {base} differ in no layer that a LoRA can hold')
-    write_lora(out, adapters, models, alpha=_rank(adapters), dialect=dialect)
+    metadata = _mark(fast and not already)
+    write_lora(out, adapters, models, alpha=_rank(adapters), dialect=dialect, metadata=metadata)
     left = algebra.relative(rest, [*norms, *rest])
     return (
         f'wrote {out}: {_count(adapters)}, rank {_rank(adapters)}, relative error '
@@ -140,9 +150,16 @@ def _each(fn, adapters):
     return out, errors
 
 
+def _mark(fast):
+    """The metadata of a LoRA that accelerates, or of another."""
+    return {ACCELERATES: 'true'} if fast else {}
+
+
 def _accept(out, rank=None):
     if Path(out).suffix != '.safetensors':
         raise InputError(f'{out}: the name must end in .safetensors')
+    if Path(out).exists():
+        raise InputError(f'{out} exists already; choose another name')
     if rank is not None and rank < 1:
         raise InputError(f'rank = {rank}; it must be 1 or more')
 
