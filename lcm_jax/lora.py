@@ -74,9 +74,9 @@ def delta(ab):
 
 
 def add(w, updates):
-    """Kernel, [(pair as `delta` takes it, scale)] -> the kernel plus the sum of scale times update; numpy or jax.
+    """Kernel, [(update as `delta` takes it, scale)] -> the kernel plus the sum of both's products.
 
-    The sum is taken in float32, whatever the kernel's dtype.
+    In numpy or jax. The sum is taken in float32, whatever the kernel's dtype.
     """
     total = sum(scale * delta(ab).astype(jnp.float32) for ab, scale in updates)
     return (w.astype(jnp.float32) + total).astype(w.dtype)

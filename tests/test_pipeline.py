@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import write_random_lora
 
-from lcm_jax import conditioning, lora, samplers
+from lcm_jax import adapters, conditioning, lora, samplers
 from lcm_jax import pipeline as module
 from lcm_jax.data.emoji import EMOJI
 from lcm_jax.draw import draw
