@@ -127,7 +127,7 @@ def start_several(model, workdir, settings=(), processes=2, devices=4, lost=None
     ]
 
 
-def finish(*processes, timeout=300, status=0):
+def finish(*processes, timeout=600, status=0):
     """Wait for all; each must end with this status -> what they printed."""
     try:
         for p in processes:

@@ -333,7 +333,7 @@ def test_two_processes_of_two_devices_measure_what_one_does(model, tmp_path):
         for i in range(2)
     ]
     try:
-        said = [p.communicate(timeout=300)[0] for p in both]
+        said = [p.communicate(timeout=600)[0] for p in both]
     finally:
         for p in both:
             p.kill()
