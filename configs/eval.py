@@ -18,9 +18,7 @@ def get_config():
     # of each caption; more than there are: several of each)
     c.real = ''  # source of the real pictures that FID and KID are taken to
     c.resolution = 64  # px, that real pictures are resized and cut to (from the middle)
-    c.paired = (
-        512  # of each cell's pictures, how many (evenly apart) are compared with the reference's
-    )
+    c.paired = 512  # of each cell's pictures, evenly apart, that are compared with the reference's
     c.seed = 0  # of the captions' choice and the noise
     c.batch = 64  # pictures drawn at a time, by each process
 
