@@ -13,7 +13,7 @@ from lcm_jax.conditioning import guidance_embedding
 from lcm_jax.diffusion import alpha_sigma, denoiser, guided, side_by_side
 from lcm_jax.encode import moments
 from lcm_jax.errors import InputError
-from lcm_jax.models.layers import in_strips
+from lcm_jax.models.layers import for_strips, in_strips
 from lcm_jax.models.tiny import TinySpec, autoencoder
 from lcm_jax.models.unet import UNet, UNetSpec
 from lcm_jax.models.vae import VAESpec
@@ -35,8 +35,8 @@ class Plan:
     mesh: Mesh | None = None  # each device along its 'data' axis draws its part of the batch
 
     def samples(self, n):
-        """How many samples of one device `in_strips` is told of, of n: None but on TPUs."""
-        return n if self.platform == 'tpu' else None
+        """`for_strips` of n samples."""
+        return for_strips(n, self.platform)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from lcm_jax.conditioning import encode_text
 from lcm_jax.images import signed
-from lcm_jax.models.layers import in_strips
+from lcm_jax.models.layers import for_strips, in_strips
 from lcm_jax.models.tiny import autoencoder
 from lcm_jax.sharding import local_mesh
 
@@ -57,7 +57,6 @@ def encoder(model, dtype, vae_dtype):
     mesh, devices = local_mesh(), jax.local_devices()
     whole, parts = (mesh and NamedSharding(mesh, P(*axes)) for axes in ((), ('data',)))
     params = model.load(model.encoders, dtypes, whole)
-    tpu = devices[0].platform == 'tpu'
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(params, batch, samples):
@@ -68,7 +67,8 @@ def encoder(model, dtype, vae_dtype):
         more = -n % len(devices)
         full = {k: np.concatenate([x, np.repeat(x[:1], more, 0)]) for k, x in batch.items()}
         full = jax.device_put(full, parts)
-        out = run(params, full, (n + more) // len(devices) if tpu else None)
+        each = for_strips((n + more) // len(devices), devices[0].platform)
+        out = run(params, full, each)
         return {k: np.asarray(x)[:n] for k, x in out.items()}
 
     return encode

@@ -14,6 +14,7 @@ from lcm_jax.diffusion import denoiser, guided, side_by_side
 from lcm_jax.draw import decode, to_uint8
 from lcm_jax.grid import grid
 from lcm_jax.logs import say
+from lcm_jax.models.layers import for_strips
 
 CHANGED = 8 / 255  # a pixel differs from the base's if a channel does by more than this
 
@@ -34,7 +35,7 @@ class Preview:
         factor, n = model.specs['vae'].factor, len(config.prompts)
         shape = (n, *(side // factor for side in size), model.specs['vae'].latent_channels)
         self.shape, self.program, self.programs = shape, program, {}
-        samples = n if mesh.devices.flat[0].platform == 'tpu' else None
+        samples = for_strips(n, mesh.devices.flat[0].platform)
         self.decode = jax.jit(
             lambda vae, z: to_uint8(decode(model.specs['vae'], vae, z, samples)),
             out_shardings=sharding.replicated(mesh),

@@ -22,7 +22,7 @@ from lcm_jax.draw import apply_unet
 from lcm_jax.encode import encoded
 from lcm_jax.errors import InputError, choose
 from lcm_jax.models import shapes
-from lcm_jax.models.layers import in_strips
+from lcm_jax.models.layers import for_strips, in_strips
 from lcm_jax.models.unet import REMAT, UNet
 from lcm_jax.tree import map_named, named
 
@@ -252,9 +252,8 @@ def network(spec, params, mesh, remat='none'):
 
 
 def samples_each(n, mesh):
-    """On TPUs, how many of n samples each device has; None elsewhere, where strips do not pay."""
-    tpu = mesh.devices.flat[0].platform == 'tpu'
-    return max(1, n // sharding.groups(mesh)) if tpu else None
+    """`for_strips` of each device's part of n samples."""
+    return for_strips(max(1, n // sharding.groups(mesh)), mesh.devices.flat[0].platform)
 
 
 # --- what is computed

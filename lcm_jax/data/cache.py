@@ -5,7 +5,6 @@ arrays one after the other; .npz their names, buckets and numbers in the source;
 says the model, the resolution, the shapes and the types. A part without its .json is not complete.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -92,7 +91,7 @@ def open_cache(folder, resolution, model=None):
             raise InputError(f'cache:{folder} is of {key} {head[key]!r}; this run has {asked!r}')
     names, rows = [], []
     for i, stem in enumerate(stems):
-        with whole(f'{stem}.npz') as file, np.load(file) as got:
+        with reading(url := f'{stem}.npz'), opened(url) as file, np.load(file) as got:
             part = got['rows']
             names += json.loads(str(got['names']))
         files = np.full(len(part), i)
@@ -124,7 +123,7 @@ def parts_of(folder):
             )
     stems, heads = [f'{folder}/{part}' for part in parts], []
     for stem in stems:
-        with whole(f'{stem}.json') as file:
+        with reading(url := f'{stem}.json'), opened(url) as file:
             heads.append(json.load(file))
     filled = [head for head in heads if head['samples']] or heads[:1]
     for head in filled[1:]:
@@ -138,13 +137,6 @@ def parts_of(folder):
         for reason, n in head['dropped'].items():
             dropped[reason] = dropped.get(reason, 0) + n
     return stems, filled[0] | {'samples': sum(h['samples'] for h in heads), 'dropped': dropped}
-
-
-@contextlib.contextmanager
-def whole(url):
-    """An open file, of which nothing may be wrong: InputError."""
-    with reading(url), opened(url) as file:
-        yield file
 
 
 def fetch(paths, arrays, place):

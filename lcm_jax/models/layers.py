@@ -35,6 +35,11 @@ def from_strips(x):
     return x.swapaxes(2, 3).reshape(b, h, n * w, c)
 
 
+def for_strips(n, platform):
+    """n samples of one device -> what `in_strips` is told of them: None but on TPUs."""
+    return n if platform == 'tpu' else None
+
+
 def in_strips(fn, x, stride, samples):
     """fn of pictures x [B,h,w,C], which may take strips instead, by as many as TPUs want.
 
