@@ -13,8 +13,8 @@ from lcm_jax.samplers import SAMPLERS
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """A row of a config's `ways`; guidance and steps: a number or several."""
+class Cell:
+    """A way of drawing; a row of a config's `ways` is one of which guidance and steps may be several."""
 
     label: str
     sampler: str
@@ -24,43 +24,34 @@ class Way:
     steps: int | tuple = ()  # (): the config's
     spacing: str = ''  # of the times, a key of samplers.SPACINGS; '': the sampler's own
 
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One way of drawing, with one guidance and number of steps."""
-
-    label: str
-    model: str
-    lora: str
-    sampler: str
-    guidance: float
-    steps: int
-    spacing: str
-
     @property
     def name(self):
         return f'{self.label}, {self.steps} step{"s" if self.steps > 1 else ""}'
 
 
-def cells_of(way, config):
-    """A row of the config -> its Cells. InputError for an unknown key, sampler or LoRA."""
-    fields = {f.name: f for f in dataclasses.fields(Way)}
-    for key in way:
-        choose(f'key of ways ({way.get("label", "no label")})', key, fields)
-    missing = [k for k in ('label', 'sampler') if not way.get(k)]
+def cells_of(row, config):
+    """A row of the config -> Cells of one guidance and number of steps each.
+
+    Raises InputError for an unknown key, sampler or LoRA.
+    """
+    fields = {f.name: f for f in dataclasses.fields(Cell)}
+    for key in row:
+        choose(f'key of ways ({row.get("label", "no label")})', key, fields)
+    missing = [k for k in ('label', 'sampler') if not row.get(k)]
     if missing:
-        raise InputError(f'a row of ways lacks {", ".join(missing)}: {dict(way)}')
-    way = Way(**way)
+        raise InputError(f'a row of ways lacks {", ".join(missing)}: {dict(row)}')
+    way = Cell(**row)
     choose('sampler', way.sampler, SAMPLERS)
     for file, _ in terms(way.lora):
         find(file)
     several = np.size(way.guidance) > 1
-    model = way.model or config.model
     for guidance, steps in itertools.product(
         np.atleast_1d(way.guidance).tolist(), np.atleast_1d(way.steps or config.steps).tolist()
     ):
         label = f'{way.label}, guidance {guidance:g}' if several else way.label
-        yield Cell(label, model, way.lora, way.sampler, guidance, steps, way.spacing)
+        yield dataclasses.replace(
+            way, label=label, model=way.model or config.model, guidance=guidance, steps=steps
+        )
 
 
 def terms(lora):
