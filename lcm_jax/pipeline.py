@@ -267,7 +267,7 @@ class Pipeline:
     def _times(self, sampler, steps, timesteps, spacing, strength):
         """-> number of steps without regard to strength, times [m+1]."""
         if timesteps is None:
-            steps = (4 if sampler == 'lcm' else 50) if steps is None else steps
+            steps = samplers.SAMPLERS[sampler].steps if steps is None else steps
             return steps, self.schedule.times(sampler, steps, spacing, strength)
         times = self.schedule.custom_times(sampler, timesteps, steps)
         return len(times) - 1, times

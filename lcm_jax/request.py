@@ -5,8 +5,9 @@ import warnings
 import numpy as np
 
 from lcm_jax import images
-from lcm_jax.errors import InputError
+from lcm_jax.errors import InputError, choose
 from lcm_jax.families import takes_mask
+from lcm_jax.samplers import SAMPLERS
 
 
 def manner(sampler, guidance, negative, *, lora, embedded, default):
@@ -16,7 +17,8 @@ def manner(sampler, guidance, negative, *, lora, embedded, default):
     the model's guidance. Warns of settings that spoil pictures or have no effect.
     """
     sampler = sampler or ('lcm' if lora or embedded else 'ddim')
-    inside = (lora or sampler == 'lcm') and not embedded  # guidance is in the weights already
+    distilled = choose('sampler', sampler, SAMPLERS).distilled
+    inside = (lora or distilled) and not embedded  # guidance is in the weights already
     if guidance is None:
         guidance = 1 if inside else default
     if inside and guidance > 2:

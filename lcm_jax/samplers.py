@@ -166,6 +166,8 @@ class Sampler(NamedTuple):
     spacing: str
     end: int  # the last target time: CLEAN or 0
     drop: int = 0  # points left out at the clean end: DPM-Solver spaces n + 1 of them and drops one
+    steps: int = 50  # unless one says otherwise
+    distilled: bool = False  # of LCMs: these know their times, and have guidance in their weights
 
 
 SHORT = 15  # steps, from which DPM-Solver's last one is of second order too
@@ -177,7 +179,7 @@ SAMPLERS = {
     'dpm': Sampler(lambda short: dpm_solver(first_order_end=short), 'linspace', 0, 1),
     'dpm++': Sampler(lambda short: dpm_solver_pp(), 'linspace', CLEAN, 1),
     'euler': Sampler(lambda short: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
-    'lcm': Sampler(lambda short: lcm(), 'lcm', CLEAN),
+    'lcm': Sampler(lambda short: lcm(), 'lcm', CLEAN, steps=4, distilled=True),
 }
 
 

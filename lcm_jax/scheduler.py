@@ -39,12 +39,12 @@ class Schedule(NamedTuple):
 
     def times(self, sampler, steps, spacing=None, strength=1.0):
         """-> [m+1] int32 times, as `samplers.times` gives them for this model."""
+        own = choose('sampler', sampler, samplers.SAMPLERS).distilled  # whatever the folder says
         return samplers.times(
             sampler,
             steps,
             len(self.abar),
-            # LCMs know the times they were distilled at, whatever their folder says.
-            spacing or (None if sampler == 'lcm' else self.spacing),
+            spacing or (None if own else self.spacing),
             offset=self.offset,
             end=self.ends.get(sampler),
             strength=strength,
