@@ -40,7 +40,7 @@ def check(args):
 
     said = settings(args)
     source = open_source(args.source, said)
-    tokenizer = describe(args.model).tokenizers()[0] if args.model else Tokenizer.clip()
+    tokenizer = describe(args.model).tokenizers[0] if args.model else Tokenizer.clip()
     for line in report(source, tokenizer, said, args.limit):
         print(line, flush=True)
     if args.sheet and not source.encoded:
@@ -76,7 +76,7 @@ def cache(args):
         done, broken = write_cache(
             args.out,
             source,
-            model.tokenizers(),
+            model.tokenizers,
             said,
             encode,
             model=args.model,

@@ -80,7 +80,7 @@ class Feed:
         check_latents(self.settings)
         self.home, self.batch = sharding.batch_sharding(mesh), config.train.batch
         self.rows = sharding.local_rows(self.home, self.batch)
-        self.tokenizers = model.tokenizers()
+        self.tokenizers = model.tokenizers
         self.samples = {}  # key of data -> `identity` of what was opened last for it
         self.source = self.open('source', Path(workdir) / 'cache')
         self.held = config.data.validation and self.open('validation', Path(workdir) / 'validation')

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 from PIL import Image
-from tensorboardX import SummaryWriter
 
 from lcm_jax.chips import chip
 from lcm_jax.tree import count, named
@@ -25,6 +24,8 @@ class Writer:
         self.active = jax.process_index() == 0
         if not self.active:
             return
+        from tensorboardX import SummaryWriter  # it imports torch, where that is installed: seconds
+
         self.workdir = Path(workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
         self.board, file = SummaryWriter(str(workdir)), self.workdir / 'metrics.jsonl'

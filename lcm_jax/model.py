@@ -1,6 +1,7 @@
 """A Stable Diffusion model without its weights in memory: what drawing, training and planning share."""
 
 import dataclasses
+import functools
 from typing import Any
 
 from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model, open_part
@@ -43,8 +44,9 @@ class Model:
         """Names of components -> {component: what its weights are known by}, see `Checkpoint.mark`."""
         return {part: self.sources[part].mark(part) for part in parts}
 
+    @functools.cached_property
     def tokenizers(self):
-        """-> a Tokenizer for each text encoder."""
+        """A Tokenizer for each text encoder."""
         names = (part.replace('text_encoder', 'tokenizer') for part in self.family.text_encoders)
         return tuple(self.checkpoint.tokenizer(name) for name in names)
 

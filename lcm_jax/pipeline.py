@@ -73,7 +73,7 @@ class Pipeline:
             model.family,
             model.specs,
             params,
-            model.tokenizers(),
+            model.tokenizers,
             model.schedule,
             model.size,
             params,

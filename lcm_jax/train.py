@@ -140,7 +140,7 @@ def conditions(model, params, config, size):
     -> {'cond', 'null'}, [N, ...] each in numpy.
     """
     parts = model.family.text_encoders
-    specs, tokenizers = tuple(model.specs[part] for part in parts), model.tokenizers()
+    specs, tokenizers = tuple(model.specs[part] for part in parts), model.tokenizers
 
     def read(prompts):
         ids = tuple(tokenizer(prompts) for tokenizer in tokenizers)
