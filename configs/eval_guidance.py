@@ -1,6 +1,6 @@
 """Table 1 at the guidance that Stable Diffusion is used with: solvers at 7.5, LCMs that were taught it.
 
-lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji_lcm_lora_7.5 --set distill.w=6.5
+lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji_lcm_lora_7.5 --config.distill.w=6.5
 lcm-jax train --config configs/emoji_lcm_full.py --workdir runs/emoji_lcm_full
 lcm-jax evaluate --config configs/eval_guidance.py --workdir runs/eval_guidance
 """

@@ -1,7 +1,7 @@
 """Style mixing, the LCM-LoRA report's figure 3: the Fluent style LoRA by many steps of DPM-Solver++, and with
 the LCM-LoRA added, untrained together, by few steps of the LCM sampler.
 
-lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji_lcm_lora_7.5 --set distill.w=6.5
+lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji_lcm_lora_7.5 --config.distill.w=6.5
 lcm-jax evaluate --config configs/eval_style.py --workdir runs/eval_style
 """
 

@@ -1,7 +1,7 @@
 """Transfer: the LCM-LoRA of the base teacher on the teacher's Fluent fine-tune, without training.
 
 lcm-jax train --config configs/emoji_finetune.py --workdir runs/emoji_finetune
-lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji_lcm_lora_7.5 --set distill.w=6.5
+lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji_lcm_lora_7.5 --config.distill.w=6.5
 lcm-jax evaluate --config configs/eval_transfer.py --workdir runs/eval_transfer
 """
 

@@ -1,6 +1,6 @@
 """Style LoRA of Stable Diffusion 1.5, from a folder of pictures: NAME.png with its caption in NAME.txt.
 
-lcm-jax train --config configs/sd15_style_lora.py --workdir runs/style --set data.source=folder:PICTURES
+lcm-jax train --config configs/sd15_style_lora.py --workdir runs/style --config.data.source=folder:PICTURES
 
 Drawn in four steps with an LCM-LoRA beside it; 10 to 100 pictures and 1,000 steps are usual.
 """

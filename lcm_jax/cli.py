@@ -10,7 +10,7 @@ EPILOG = """examples:
   lcm-jax demo --out demo-out
   lcm-jax sample "a red heart, noto emoji" --lora lcm --count 4 --out hearts.png
   lcm-jax sample "a cat, noto emoji" --lora lcm --image in.png --strength 0.6 --out cat.png
-  lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji --set train.steps=200
+  lcm-jax train --config configs/emoji_lcm_lora.py --workdir runs/emoji --config.train.steps=200
   lcm-jax data check emoji --sheet sheet.png
   lcm-jax lora inspect demo-out/lcm_lora.safetensors
 
@@ -33,15 +33,15 @@ def demo(args):
 def train(args):
     from lcm_jax.train import start
 
-    start(*flags.parsed(args, 'train'))
+    start(*flags.settled(args, 'train'))
 
 
 def sample(args):
     from lcm_jax.grid import save, strip
+    from lcm_jax.lora_files.find import term
     from lcm_jax.pipeline import Pipeline
 
-    if len(args.scale) > len(args.lora):
-        raise InputError(f'{len(args.scale)} --scale for {len(args.lora)} --lora; one each at most')
+    loras = [term(text) for text in args.lora]
     image, mask = (file and read_picture(file) for file in (args.image, args.mask))
     pipe = Pipeline.load(
         args.model,
@@ -50,8 +50,7 @@ def sample(args):
         vae=args.vae,
         prediction_type=args.prediction_type,
     )
-    scales = args.scale + [1.0] * (len(args.lora) - len(args.scale))
-    pipe.set_loras(zip(args.lora, scales, strict=True))
+    pipe.set_loras(loras)
     options = {name: getattr(args, name) for name in PASSED_ON}
     pictures = pipe(args.prompt, image=image, mask=mask, **options)
     save(strip(pictures) if len(pictures) > 1 else pictures[0], args.out)
@@ -100,12 +99,7 @@ def parser():
     p.add_argument('--steps', type=flags.positive, default=400, help='steps of distillation')
 
     p = verb(train, 'train', 'distil or fine-tune from a config file (as python -m lcm_jax.train)')
-    flags.add_run(
-        p,
-        'configs/emoji_lcm_lora.py',
-        'configs/default.py, e.g. train.steps=200',
-        'checkpoints, logs and the LoRA',
-    )
+    flags.add_run(p, 'train')
 
     sample_arguments(verb(sample, 'sample', 'draw pictures'))
 
@@ -151,9 +145,8 @@ def sample_arguments(p):
     add('--dtype', choices=DTYPES, help='default: bfloat16, on CPUs float32')
     add('--vae-dtype', choices=DTYPES, default='float32', help='default: float32')
 
-    repeat = {'action': 'append', 'default': []}
-    add('--lora', **repeat, metavar='FILE', help="a LoRA, or 'lcm' (shipped); repeatable")
-    add('--scale', type=float, **repeat, help='of each --lora, in order; default: 1')
+    repeat = {'action': 'append', 'default': [], 'metavar': 'FILE:SCALE'}
+    add('--lora', **repeat, help="a LoRA, or 'lcm' (shipped); repeatable; without :SCALE it is 1")
 
     add = p.add_argument_group('how to draw').add_argument
     add('--steps', type=flags.positive, help='default: 4 with an acceleration LoRA, else 50')
@@ -180,7 +173,7 @@ def sample_arguments(p):
 
 def main(argv=None):
     """Run one verb; bad input ends with one line on stderr and status 1 (2 for bad arguments)."""
-    args = parser().parse_args(argv)
+    args = flags.arguments(parser(), argv)
     with flags.plainly():
         args.run(args)
 

@@ -6,7 +6,7 @@ from lcm_jax import flags
 def evaluate(args):
     from lcm_jax.evaluate import start
 
-    start(*flags.parsed(args, 'ways'))
+    start(*flags.settled(args, 'ways'))
 
 
 def measure(args):
@@ -50,9 +50,7 @@ def sweep(args):
 def add(verb):
     """Add the verbs to the parser; verb(run, name, text) adds one."""
     p = verb(evaluate, 'evaluate', 'measure ways of drawing: FID, CLIP score, LPIPS, seconds')
-    flags.add_run(
-        p, 'configs/eval_emoji.py', 'configs/eval.py, e.g. seed=1', 'tables, plots and grids'
-    )
+    flags.add_run(p, 'ways')
 
     p = verb(measure, 'measure', 'FID and KID of two sets of pictures')
     text = 'pictures:DIR, folder:DIR, emoji, wds:PATTERN, ... or a .npz file of statistics'

@@ -2,18 +2,49 @@
 
 import argparse
 import contextlib
+import re
 import sys
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 from lcm_jax.data.files import remote
 from lcm_jax.errors import InputError, choose
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.webp')
-MARKS = {
-    'train': 'lcm-jax train',
-    'ways': 'lcm-jax evaluate',
-}  # key of a config -> what takes those
+
+
+class Kind(NamedTuple):
+    """What a config is for."""
+
+    verb: str  # that takes it
+    example: str  # of a file
+    keys: str  # where all its keys are
+    setting: str  # one of them
+    outputs: str  # what its workdir is for
+
+
+KINDS = {  # by a key that no other kind has
+    'train': Kind(
+        'lcm-jax train',
+        'configs/emoji_lcm_lora.py',
+        'configs/default.py',
+        'train.steps=200',
+        'checkpoints, logs, pictures and what is trained',
+    ),
+    'ways': Kind(
+        'lcm-jax evaluate',
+        'configs/eval_emoji.py',
+        'configs/eval.py',
+        'seed=1',
+        'tables, plots, grids and what is measured already',
+    ),
+}
+CLUSTER = {
+    'coordinator': (str, "HOST:PORT of the first of several processes, or 'auto'"),
+    'processes': (int, 'how many there are'),
+    'process': (int, 'which of them this is, from 0'),
+}
 
 
 @contextlib.contextmanager
@@ -29,100 +60,103 @@ def plainly():
             sys.exit('interrupted')
 
 
-def program(start, mark, usage, argv=None):
-    """A module run with `python -m`: start(config, workdir, cluster); mark: a key of MARKS."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {'-h', '--help'} & {*argv}:
-        return print(usage)
+def program(start, kind, usage, argv=None):
+    """A module run with `python -m`: start(config, workdir, cluster); kind: a key of KINDS."""
+    p = argparse.ArgumentParser(
+        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_run(p, kind)
     with plainly():
-        start(*marked(mark, parse(argv)))
+        start(*settled(arguments(p, argv), kind))
 
 
-def marked(mark, parsed):
-    """What `parse` gives, unless the config lacks the key `mark`: InputError."""
-    config = parsed[0]
-    if mark not in config:
-        others = [verb for key, verb in MARKS.items() if key in config]
+def add_config(p, kind, example=None):
+    """Add to an argparse parser what names a config of the kind and changes it, see `arguments`."""
+    row = KINDS[kind]
+    text = (
+        f'a file such as {example or row.example}; --config.KEY=VALUE changes a key of it, one of '
+        f'{row.keys}, e.g. --config.{row.setting}'
+    )
+    p.add_argument('--config', required=True, metavar='FILE', help=text)
+
+
+def add_run(p, kind):
+    """`add_config`, a folder for the outputs, and several processes."""
+    add_config(p, kind)
+    text = f'folder for {KINDS[kind].outputs}'
+    p.add_argument('--workdir', required=True, metavar='DIR', help=text)
+    for name, (of, text) in CLUSTER.items():
+        p.add_argument(f'--{name}', type=of, help=text)
+
+
+def arguments(p, argv=None):
+    """What an argparse parser makes of a command line; of one that has --config, also `settings`.
+
+    settings: {KEY: VALUE} of its --config.KEY=VALUE.
+    """
+    args, more = p.parse_known_args(argv)
+    settings = re.compile(r'--config\.([^=]+)=(.*)', re.S)
+    found = [settings.fullmatch(arg) if hasattr(args, 'config') else None for arg in more]
+    strange = [arg for arg, setting in zip(more, found, strict=True) if not setting]
+    if strange:
+        p.error(f'unrecognized arguments: {" ".join(strange)}')
+    args.settings = dict(setting.groups() for setting in found)
+    return args
+
+
+def settled(args, kind):
+    """What `arguments` gives -> config, workdir, cluster: keywords of `sharding.start_distributed`.
+
+    Raises InputError as `read`, for a config that lacks the key `kind`, and for a workdir that is no path.
+    """
+    config = read(args.config, args.settings)
+    if kind not in config:
+        others = [row.verb for key, row in KINDS.items() if key in config]
         raise InputError(
-            f'not a config of {MARKS[mark]!r}: it has no {mark!r}'
+            f'not a config of {KINDS[kind].verb!r}: it has no {kind!r}'
             + (f'; it is one of {others[0]!r}' if others else '')
         )
-    return parsed
-
-
-def parse(argv):
-    """['--config=FILE', '--workdir=DIR', '--config.KEY=VALUE', ...] -> locked config, workdir, cluster.
-
-    cluster: keywords of `sharding.start_distributed`. Raises InputError for a file that is not
-    there, an unknown key, a value of another type and a workdir that is no path.
-    """
-    from ml_collections import ConfigDict
-
-    config, *_ = parse_flags([arg for arg in argv if not arg.startswith('--config.')])
-    for arg in argv:
-        if arg.startswith('--config.'):
-            node = config
-            for key in arg.removeprefix('--config.').split('=')[0].split('.'):
-                node = choose('config key', key, node if isinstance(node, ConfigDict) else {})
-    config, workdir, cluster, extra = parse_flags(argv)
-    if extra or not workdir:
-        raise InputError(
-            f'arguments {" ".join(argv)}; give --config=FILE --workdir=DIR and, '
-            'if you like, --config.KEY=VALUE'
-        )
-    if remote(workdir):
+    workdir = getattr(args, 'workdir', None)
+    if workdir and remote(workdir):
         raise InputError(
             f'--workdir {workdir}: must be a folder; mount the bucket (gcsfuse) and give its path, '
             'such as /mnt/BUCKET/runs'
         )
-    return config, workdir, cluster
+    return config, workdir, {k: getattr(args, k, None) for k in CLUSTER}
 
 
 def read(file, settings):
-    """A config file, and {'train.steps': value} over it -> locked config. Raises InputError as `parse`."""
-    return parse(
-        [f'--config={file}', '--workdir=.', *(f'--config.{k}={v}' for k, v in settings.items())]
-    )[0]
+    """A config file, and {'train.steps': value} over it -> locked config.
+
+    Raises InputError for a file that is not there, an unknown key and a value of another type.
+    """
+    from ml_collections import ConfigDict
+
+    config = _read(file, {})
+    for path in settings:
+        node = config
+        for key in path.split('.'):
+            node = choose('config key', key, node if isinstance(node, ConfigDict) else {})
+    return _read(file, settings)
 
 
-CLUSTER = {
-    'coordinator': (str, "HOST:PORT of the first of several processes, or 'auto'"),
-    'processes': (int, 'how many there are'),
-    'process': (int, 'which of them this is, from 0'),
-}
+def _read(file, settings):
+    """As absl and ml_collections read it."""
+    from absl import flags
+    from ml_collections import ConfigDict, config_flags
 
-
-def add_config(p, example, keys):
-    """Add to an argparse parser what names a config. example: of a file; keys: of settings, with theirs."""
-    p.add_argument('--config', required=True, help=f'a file such as {example}')
-    p.add_argument(
-        '--set',
-        nargs='+',
-        action='extend',
-        default=[],
-        metavar='KEY=VALUE',
-        help=f'keys of {keys}',
-    )
-
-
-def add_run(p, example, keys, outputs):
-    """`add_config`, a folder for the outputs, and several processes."""
-    add_config(p, example, keys)
-    p.add_argument('--workdir', required=True, help=f'folder for {outputs}')
-    for name, (kind, text) in CLUSTER.items():
-        p.add_argument(f'--{name}', type=kind, help=text)
-
-
-def parsed(args, mark):
-    """What argparse made of `add_config` or `add_run` -> as `parse`. mark: a key of MARKS."""
-    cluster = {k: getattr(args, k, None) for k in CLUSTER}
-    argv = [
-        f'--config={args.config}',
-        f'--workdir={getattr(args, "workdir", ".")}',
-        *(f'--config.{setting}' for setting in args.set),
-        *(f'--{k}={value}' for k, value in cluster.items() if value is not None),
-    ]
-    return marked(mark, parse(argv))
+    argv = ['', f'--config={file}', *(f'--config.{k}={v}' for k, v in settings.items())]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        if not isinstance(config.value, ConfigDict):  # an OSError, if the file cannot be read
+            raise InputError(f'{file}: its get_config() must give a ConfigDict')
+    except OSError as e:
+        raise InputError(f'config file: {str(e).splitlines()[-1].strip()}') from e
+    except (flags.Error, AttributeError, KeyError) as e:
+        raise InputError(' '.join(str(e).split())) from e
+    return config.value
 
 
 def positive(text):
@@ -159,27 +193,3 @@ def statistics_file(text):
             f'{text}: the name must end in .npz, and its folder must be there'
         )
     return file
-
-
-def parse_flags(argv):
-    """Command line -> config, workdir, cluster, other arguments, as absl and ml_collections read it."""
-    from absl import flags
-    from ml_collections import config_flags
-
-    argv = ['lcm_jax', *argv]
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
-    workdir = flags.DEFINE_string('workdir', None, 'For the outputs.', flag_values=values)
-    define = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
-    cluster = {
-        k: define[kind](k, None, text, flag_values=values) for k, (kind, text) in CLUSTER.items()
-    }
-    try:
-        _, *extra = values(argv)
-        if not (config.value and config.value.is_locked):  # an OSError, if the file cannot be read
-            raise InputError('no --config=FILE given')
-    except OSError as e:
-        raise InputError(f'config file: {str(e).splitlines()[-1].strip()}') from e
-    except (flags.Error, AttributeError, KeyError) as e:
-        raise InputError(' '.join(str(e).split())) from e
-    return config.value, workdir.value, {k: flag.value for k, flag in cluster.items()}, extra

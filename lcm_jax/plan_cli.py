@@ -81,7 +81,7 @@ def verdict(r):
 def plan(args):
     from lcm_jax import chips, plan, sharding, step, workloads
 
-    config, *_ = flags.parsed(args, 'train')
+    config, *_ = flags.settled(args, 'train')
     model, size = workloads.sizes_of(config.model), (config.data.resolution,) * 2
     axes = ('data', 'fsdp', 'tensor', 'dcn')
     mesh = sharding.make_mesh(
@@ -99,7 +99,7 @@ def plan(args):
 def add(verb):
     """Add `plan` to the parser; verb(run, name, text) adds one."""
     p = verb(plan, 'plan', 'say what a config asks of devices that need not be here')
-    flags.add_config(p, 'configs/sdxl_lcm_lora.py', 'configs/default.py, e.g. train.batch=256')
+    flags.add_config(p, 'train', 'configs/sdxl_lcm_lora.py')
     p.add_argument(
         '--topology', required=True, help="such as v5e:4x4, or 2*v5e:16x16; 'local': what is here"
     )

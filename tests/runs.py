@@ -28,11 +28,11 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
 MODEL = ModelSpec(  # 16 px pictures, 8 x 8 latents
     UNetSpec(
-        widths=(8, 16),
-        down=((0,), (1,)),
+        widths=(8,),
+        down=((1,),),
         mid=None,
-        up=((0, 0), (0, 0)),
-        heads=(2, 2),
+        up=((0, 0),),
+        heads=(2,),
         context_dim=8,
         groups=4,
     ),
@@ -69,18 +69,15 @@ def write_tiny(folder, **changes):
     return folder
 
 
-def arguments(model, workdir, settings=(), config='default'):
-    """-> command line of the trainer: SETTINGS with `settings` over them."""
-    values = {'model': model} | SETTINGS | dict(settings)
-    head = [f'--config={CONFIGS / config}.py', f'--workdir={workdir}']
-    return head + [f'--config.{key}={value}' for key, value in values.items()]
+def config(model, settings=()):
+    """-> configs/default.py with SETTINGS, and `settings` over them."""
+    return flags.read(CONFIGS / 'default.py', {'model': model} | SETTINGS | dict(settings))
 
 
 def run(model, workdir, **settings):
     """A run in this process; settings have '__' for '.' -> what it exports."""
     settings = {key.replace('__', '.'): value for key, value in settings.items()}
-    config, workdir, _ = flags.parse(arguments(model, workdir, settings))
-    return train.run(config, workdir)
+    return train.run(config(model, settings), workdir)
 
 
 def start(model, workdir, settings=(), devices=1, more=(), log=None, lost=None, folder=None):
@@ -96,7 +93,12 @@ def start(model, workdir, settings=(), devices=1, more=(), log=None, lost=None, 
         'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
     }
     main = ['-c', PATIENCE.format(lost)] if lost else ['-m', 'lcm_jax.train']
-    command = [sys.executable, *main, *arguments(model, workdir, settings), *more]
+    settings = {'model': model} | SETTINGS | dict(settings)
+    command = [
+        *(sys.executable, *main, f'--config={CONFIGS / "default.py"}', f'--workdir={workdir}'),
+        *(f'--config.{key}={value}' for key, value in settings.items()),
+        *more,
+    ]
     log = Path(log or f'{workdir}.log')
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, 'a') as out:

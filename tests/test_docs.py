@@ -1,5 +1,6 @@
 """Every command that the documents show is one: its verb, options, config and keys are there."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -20,7 +21,7 @@ STANDS_FOR = {  # what is left to the reader
     'CHIPS': '16',
     '--processes=N --process=I': '--processes=2 --process=0',
 }
-MODULES = {'train': 'train', 'evaluate': 'ways'}  # run by python -m -> a key of flags.MARKS
+MODULES = {'train': 'train', 'evaluate': 'ways'}  # run by python -m -> a key of flags.KINDS
 
 
 BEFORE = r'^ *(?:.*(?:&& |per-node=\d+ ))?(?:JAX_\w+=\w+ )?'  # in a line, before a command
@@ -45,16 +46,15 @@ def check(words):
     """Raises what the program would raise for these arguments, before it does anything."""
     if words[1] == '-m':
         name = words[2].removeprefix('lcm_jax.')
-        argv = [
-            re.sub(r'configs/NAME\.py', 'configs/emoji_lcm_lora.py', word) for word in words[3:]
-        ]
-        flags.marked(MODULES[name], flags.parse(argv))
+        p = argparse.ArgumentParser()
+        flags.add_run(p, MODULES[name])
+        flags.settled(flags.arguments(p, words[3:]), MODULES[name])
     elif words[0] == 'python':
         assert (ROOT / words[1]).is_file(), words[1]
     else:
-        args = cli.parser().parse_args(words[1:])
-        if hasattr(args, 'set'):
-            flags.parsed(args, 'ways' if words[1] == 'evaluate' else 'train')
+        args = flags.arguments(cli.parser(), words[1:])
+        if hasattr(args, 'config'):
+            flags.settled(args, 'ways' if words[1] == 'evaluate' else 'train')
 
 
 @pytest.mark.parametrize('document', DOCUMENTS)
@@ -75,7 +75,7 @@ def test_commands_that_are_none(monkeypatch):
     text = """
     lcm-jax sample "a cat" --lora lcm --step 4 --colour red    # no such option
     `lcm-jax train --config configs/emoji_lcm_lora.py --workdir x
-    --set train.step=5` and `python tools/none.py --help`
+    --config.train.step=5` and `python tools/none.py --help`
     gcloud ssh --command="cd x && python -m lcm_jax.train \\
         --config=configs/none.py --workdir=x"
 """

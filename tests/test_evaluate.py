@@ -20,7 +20,7 @@ from lcm_jax.data.pairs import pairs, picked, spread
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
 from lcm_jax.errors import InputError
-from lcm_jax.flags import parse
+from lcm_jax.flags import read
 from lcm_jax.metrics import Statistics
 from lcm_jax.pipeline import Pipeline
 
@@ -34,13 +34,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def config(model, count=24, **changes):
     settings = {'resolution': 16, 'paired': 9, 'batch': 8} | changes
-    c = parse(
-        [
-            f'--config={runs.CONFIGS / "eval.py"}',
-            '--workdir=.',
-            *(f'--config.{k}={v}' for k, v in settings.items()),
-        ]
-    )[0]
+    c = read(runs.CONFIGS / 'eval.py', settings)
     c.model, c.real, c.reference = str(model), 'emoji-heldout:noto', 'teacher'
     c.ways = (
         {'label': 'few', 'sampler': 'ddim', 'steps': (1, 2), 'guidance': (1.0, 3.0)},
@@ -310,7 +304,7 @@ def test_two_processes_of_two_devices_measure_what_one_does(model, tmp_path):
     """The last batch is not full, and one process has one batch more than the other."""
     file = tmp_path / 'config.py'
     file.write_text(CONFIG.format(default=str(runs.CONFIGS / 'eval.py'), model=str(model)))
-    one = evaluate.run(parse([f'--config={file}', '--workdir=.'])[0], tmp_path / 'one')
+    one = evaluate.run(read(file, {}), tmp_path / 'one')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]

@@ -13,7 +13,7 @@ import tiny
 from random_model import write_model
 from safetensors.numpy import load_file, save_file
 
-from lcm_jax import export, flags, step, train
+from lcm_jax import export, step, train
 from lcm_jax.errors import InputError
 from lcm_jax.lora import delta
 from lcm_jax.lora_files.files import read_lora
@@ -48,10 +48,8 @@ def test_ranks_and_alphas_by_pattern_come_back_from_the_file(model, tmp_path):
         ('.*conv1/kernel', 0, 1.0),
         ('.*/(ff.*|conv.*)/kernel', 3, 1.0),
     )
-    config, workdir, _ = flags.parse(
-        runs.arguments(model, tmp_path, {'lora.targets': rows, 'train.steps': 3, 'train.lr': 0.01})
-    )
-    file = train.run(config, workdir)
+    settings = {'lora.targets': rows, 'train.steps': 3, 'train.lr': 0.01}
+    file = train.run(runs.config(model, settings), tmp_path)
     base = Pipeline.load(model).params
     read, metadata = read_lora(file, base)
     state = runs.state(tmp_path)
@@ -136,7 +134,7 @@ def test_a_full_lcm_with_two_text_encoders_opens_here_and_in_diffusers(tmp_path)
     """diffusers' LCM pipeline takes one; SDXL's own class has a guidance input too."""
     write_model(tmp_path / 'xl', tiny.MODELS['sdxl'], np.float32, keep=False)
     settings = {'trains': 'full', 'full.w_dim': 8}
-    config = flags.parse(runs.arguments(tmp_path / 'xl', 'unused', settings))[0]
+    config = runs.config(tmp_path / 'xl', settings)
     base = describe(tmp_path / 'xl')
     student = step.full_student(base.specs['unet'], shapes.unet_shapes(base.specs['unet']), config)
     trained = student.init(None, base.load(['unet'], {'unet': jnp.float32})['unet'])
@@ -178,7 +176,7 @@ def test_a_part_of_the_unet_is_trained(model, tmp_path, objective, kind):
     ],
 )
 def test_only_what_the_objective_used_is_recorded(model, objective, w_dim, said):
-    config = flags.parse(runs.arguments(model, 'unused', {'objective': objective}))[0]
+    config = runs.config(model, {'objective': objective})
     assert export.recipe(config, w_dim) == {'objective': objective} | said
     config.distill.w = 'script'
     assert export.recipe(config, w_dim).get('w') == ('5:15' if 'w' in said else None)

@@ -353,10 +353,7 @@ def test_training_is_told_what_drawing_is(both):
     """The conditions of SDXL in a training step; the loss takes them."""
     ours, _ = both('sdxl')
     file = Path(__file__).parents[1] / 'configs' / 'default.py'
-    settings = ['data.resolution=16', 'train.batch=2', 'lora.rank=2']
-    config, *_ = flags.parse(
-        [f'--config={file}', '--workdir=.', *(f'--config.{setting}' for setting in settings)]
-    )
+    config = flags.read(file, {'data.resolution': 16, 'train.batch': 2, 'lora.rank': 2})
     prog = program(ours.specs, ours.family, ours.schedule, config, make_mesh())
     batch = {
         'row': np.arange(2, dtype=np.int32),

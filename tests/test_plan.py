@@ -121,7 +121,7 @@ def test_command(capsys, monkeypatch):
     for kind in plan_cli.PROGRAMS:
         cli.main(
             f'plan --config configs/emoji_lcm_lora.py --topology local --program {kind} '
-            '--set train.batch=8'.split()
+            '--config.train.batch=8'.split()
         )
         out = capsys.readouterr().out
         assert 'temporaries' in out and 'fits, with' in out

@@ -123,41 +123,39 @@ def test_every_key_is_read(model, tmp_path, monkeypatch):
         'full': {'trains': 'full', 'data.cache': True},
     }.items():
         changes = {'train.steps': 1, 'train.decay': True, 'train.warmup': 0} | changes
-        config, workdir, _ = flags.parse(runs.arguments(model, tmp_path / name, changes))
-        train.run(Recording(config, read), workdir)
-        there = {p.name for p in Path(workdir).iterdir() if not p.name.startswith('events.')}
+        workdir = tmp_path / name
+        train.run(Recording(runs.config(model, changes), read), workdir)
+        there = {p.name for p in workdir.iterdir() if not p.name.startswith('events.')}
         own = {Path(name).stem for name in there - {*export.RESERVED}}
         assert own == {'lora', 'lora_best'}
     assert {*leaves('default')} - read == set()
 
 
 @pytest.mark.parametrize(
-    ('argument', 'said'),
+    ('key', 'value', 'said'),
     [
-        ('train.step=5', "'step' .did you mean 'steps'"),
-        ('trian.steps=5', "did you mean 'train'"),
-        ('train.steps=many', 'many'),
-        ('model.size=3', 'size'),
-        ('data=3', 'data'),
+        ('train.step', 5, "'step' .did you mean 'steps'"),
+        ('trian.steps', 5, "did you mean 'train'"),
+        ('train.steps', 'many', 'many'),
+        ('model.size', 3, 'size'),
+        ('data', 3, 'data'),
     ],
 )
-def test_what_is_no_key_or_value_is_refused(argument, said):
-    config = f'--config={runs.CONFIGS / "default.py"}'
+def test_what_is_no_key_or_value_is_refused(key, value, said):
     with pytest.raises(InputError, match=said):
-        flags.parse([config, '--workdir=x', f'--config.{argument}'])
+        flags.read(runs.CONFIGS / 'default.py', {key: value})
 
 
-def test_command_lines_that_lack_something(tmp_path):
-    config = f'--config={runs.CONFIGS / "default.py"}'
-    for arguments, said in (
-        ([config], 'workdir'),
-        (['--workdir=x'], 'no --config'),
-        ([config, '--workdir=x', 'more'], 'more'),
-        ([config, '--workdir=x', '--batch=3'], 'batch'),
-        (['--config=none.py', '--workdir=x'], 'none.py'),
+def test_a_file_that_is_no_config_is_refused(tmp_path):
+    (tmp_path / 'empty.py').write_text('def get_config():\n    return None\n')
+    (tmp_path / 'other.py').write_text('x = 3\n')
+    for name, said in (
+        ('none.py', 'none.py'),
+        ('empty.py', r'empty.py: its get_config\(\) must give a ConfigDict'),
+        ('other.py', 'get_config'),
     ):
         with pytest.raises(InputError, match=said):
-            flags.parse(arguments)
+            flags.read(tmp_path / name, {})
 
 
 @pytest.mark.parametrize(
@@ -205,7 +203,7 @@ def test_settings_outside_the_tables_are_refused(model, tmp_path, uncompiled, se
 def test_gradient_steps_lower_the_loss_towards_a_fixed_target(model):
     """The loss itself has a moving target and need not fall; with the target held, it must."""
     settings = {'distill.target': 'ema', 'data.cache': True}
-    config = flags.parse(runs.arguments(model, 'unused', settings))[0]
+    config = runs.config(model, settings)
     what, mesh = describe(config.model), sharding.make_mesh(devices=jax.devices()[:1])
     prog = step.program(what.specs, what.family, what.schedule, config, mesh)
     rng = np.random.default_rng(0)
@@ -243,7 +241,7 @@ def test_a_clip_of_0_is_no_limit():
 
 def fill(model, workdir):
     """What a run does before its first step with data.cache: encode all samples."""
-    config = flags.parse(runs.arguments(model, workdir, {'data.cache': True}))[0]
+    config = runs.config(model, {'data.cache': True})
     feed.Feed(describe(str(model)), config, sharding.make_mesh(), workdir).close()
 
 
@@ -473,7 +471,7 @@ def test_a_run_says_what_its_sources_leave_out(model, tmp_path, capsys):
     members = [m for i in range(8) for m in sample(f'{i}', size=(16, 16))]
     tar = tar_of(tmp_path / 'x.tar', [*members, *sample('9', caption='')])
     changes = {'data.source': f'wds:{tar}', 'data.validation': f'wds:{tar}', 'data.max_dropped': 1}
-    config, _, _ = flags.parse(runs.arguments(model, tmp_path / 'run', changes))
+    config = runs.config(model, changes)
     mesh = sharding.make_mesh()
     feed.Feed(describe(str(model)), config, mesh, tmp_path / 'run').close()
     line = f'wds:{tar}: broken, by the index: 1 empty caption (first: x.tar/9)\n'
