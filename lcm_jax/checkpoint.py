@@ -146,6 +146,7 @@ def open_folder(folder):
 def open_single(file, prediction_type=None):
     """A whole model in one file with original names -> Checkpoint; see `single.describe`."""
     found, metadata = open_file(file)
+    found = single.unified(found, file)
     layout, parts, model = single.describe(found, metadata, file, prediction_type)
 
     @functools.cache

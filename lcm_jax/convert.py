@@ -16,7 +16,7 @@ from lcm_jax.checkpoint import COMPONENTS, INDEX, PARAMS, SCHEDULER, open_folder
 from lcm_jax.errors import InputError, choose
 from lcm_jax.lora_files.dialects import COMPONENTS as LORA_COMPONENTS
 from lcm_jax.lora_files.files import read_terms
-from lcm_jax.tensors import write_tensors
+from lcm_jax.tensors import finite, write_tensors
 from lcm_jax.tree import named
 
 # What is copied from the root of a model's folder, beside what its index names.
@@ -53,10 +53,12 @@ def convert(source, out, to=None, dtype='keep', loras=(), prediction_type=None):
             f'{out}: a name ends in .safetensors if, and only if, the form is original'
         )
     parts = single.places(ckpt.configs) if to == 'original' else ckpt.configs
+    own = {part: ckpt.tensors(part) for part in parts}
+    found, fast = baked(ckpt, own, loras)
     found = {
-        part: {key: _cast(x, dtype) for key, x in ckpt.tensors(part).items()} for part in parts
+        part: {key: _cast(x, dtype or own[part][key].dtype) for key, x in tensors.items()}
+        for part, tensors in found.items()
     }
-    found, fast = baked(ckpt, found, loras)
     ckpt = few_step(ckpt) if fast else ckpt
     total = sum(x.nbytes for tensors in found.values() for x in tensors.values())
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -75,23 +77,26 @@ def convert(source, out, to=None, dtype='keep', loras=(), prediction_type=None):
         write(ckpt, found, new)
         new.rename(out)
     count = sum(x.size for tensors in found.values() for x in tensors.values())
+    own_name = to == 'original' and ckpt.configs.get('unet', {}).get('time_cond_proj_dim')
     left = [part for part in ckpt.configs if part not in found]
     return (
         f'wrote {out}: {NAMES[to]}, {count:,} parameters in {", ".join(found)}'
         f'{"; that form has no place for " + ", ".join(left) if left else ""}'
         f'{"; it draws in 2 to 8 steps of the LCM sampler, at guidance 1" if fast else ""}'
+        f'{"; other programs do not know the guidance input of such a file" if own_name else ""}'
     )
 
 
 def _cast(x, dtype):
-    return x.astype(dtype) if dtype and jnp.issubdtype(x.dtype, jnp.floating) else x
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 def baked(ckpt, found, loras):
     """{component: {key: Tensor}} of a model, [(LoRA file, scale)] -> the same with the LoRAs added,
     and whether one of them accelerates.
 
-    The sum is taken in float32 when a tensor is read. Raises InputError if a file does not fit.
+    The sum is taken when a tensor is read, and stays in float32. Raises InputError if a file does not
+    fit, and then if a sum is not finite.
     """
     if not loras:
         return found, False
@@ -105,9 +110,12 @@ def baked(ckpt, found, loras):
             return key, x[key]
 
         def add(w):
-            return lora.add(w.transpose(np.argsort(perm)), updates).transpose(perm)
+            y = lora.add(w.transpose(np.argsort(perm)), updates).transpose(perm)
+            if not finite(y):
+                raise InputError(f'{x[key].name}: with the LoRAs added it is not finite')
+            return y
 
-        return key, x[key].map(add)
+        return key, x[key].astype(np.float32).map(add)
 
     for part, params in models.items():
         terms = [(a[part], scale) for a, scale in adapters if part in a]

@@ -130,17 +130,19 @@ def open_clip(shapes, prefix, projected):
 
 
 def prediction_type(tensors, metadata, prefix, sd2):
-    """What the UNet predicts: the metadata's word, else a key 'v_pred', else a guess for SD 2.
+    """What the UNet predicts: a key 'v_pred', else the metadata's word, else a guess for SD 2.
+
+    The key comes first, as in ComfyUI: metadata may be of a model that the file was merged from.
 
     Nothing in the keys tells SD 2's v-prediction models from its epsilon ones (2-base, 2.1-base and
     inpainting). ComfyUI's rule, which we follow: in 4-channel v-prediction models the bias of the
     last transformer's first norm has a standard deviation above 0.09.
     """
+    if 'v_pred' in tensors:
+        return 'v_prediction'
     said = metadata.get('modelspec.prediction_type')
     if said in ('v', 'v_prediction', 'epsilon'):
         return 'epsilon' if said == 'epsilon' else 'v_prediction'
-    if 'v_pred' in tensors:
-        return 'v_prediction'
     bias = tensors.get(f'{prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias')
     guess = sd2 and bias is not None and tensors[f'{prefix}input_blocks.0.0.weight'].shape[1] == 4
     return 'v_prediction' if guess and np.asarray(bias).std(dtype=float) > 0.09 else 'epsilon'

@@ -70,8 +70,10 @@ def _joined(key, xs):
     """The tensors of diffusers that make one original tensor -> it."""
     x = xs[0]
     if len(xs) == 3:  # q, k, v
+        dtype = x.dtype if {y.dtype for y in xs} == {x.dtype} else np.float32
+        x, *more = (y.astype(dtype) for y in xs)
         shape = (3 * x.shape[0], *x.shape[1:])
-        return x.map(lambda q: np.concatenate([q, *map(np.asarray, xs[1:])]), shape)
+        return x.map(lambda q: np.concatenate([q, *map(np.asarray, more)]), shape)
     if key.endswith('.text_projection'):
         return x.transpose((1, 0))
     if original.VAE_ATTENTION.fullmatch(key):
@@ -103,6 +105,20 @@ def original_shapes(part, shapes):
     """{diffusers key: shape} of a component -> {original key: shape}."""
     dummies = {key: Tensor(key, shape, np.dtype(np.float32), None) for key, shape in shapes.items()}
     return {key: x.shape for key, x in to_original(part, dummies).items()}
+
+
+def unified(found, source):
+    """A file's {key: Tensor} -> the same; SD 2's text encoder in sgm's place (SD-Turbo) is put in its own.
+
+    Raises InputError for SDXL's refiner, whose encoder is there too.
+    """
+    sgm = 'conditioner.embedders.0.model.'
+    if not any(key.startswith(sgm) for key in found):
+        return found
+    if any(key.startswith(f'{UNET.prefix}label_emb.') for key in found):
+        raise InputError(f'{source} is a refiner of Stable Diffusion XL, which is not supported')
+    own = LAYOUTS[SD2]['text_encoder'].prefix
+    return {own + k.removeprefix(sgm) if k.startswith(sgm) else k: x for k, x in found.items()}
 
 
 def recognise(keys, source):

@@ -18,6 +18,10 @@ from lcm_jax.original import unet_modules
 from lcm_jax.tree import named
 
 TEXT_TARGETS = r'.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)/kernel'
+TARGETS = {
+    'unet': lora.LCM_TARGETS,
+    **dict.fromkeys(('text_encoder', 'text_encoder_2'), TEXT_TARGETS),
+}
 
 
 @functools.cache
@@ -30,21 +34,20 @@ def full_size(model):
     return {'unet': shapes.unet_shapes(spec.unet), **texts}
 
 
-def adapted(models):
+def adapted(models, targets=TARGETS):
     """{component: parameters} -> [(component, path, module, shape in the checkpoint)]."""
     for component, params in models.items():
-        targets = lora.LCM_TARGETS if component == 'unet' else TEXT_TARGETS
         for path, w in named(params):
-            if re.fullmatch(targets, path):
+            if path.endswith('/kernel') and re.fullmatch(targets[component], path):
                 key, perm = weights.theirs(path, w.ndim)
                 yield component, path, key.removesuffix('.weight'), [w.shape[i] for i in perm]
 
 
-def peft(models, rank=1, dtype=np.float32, seed=0):
+def peft(models, rank=1, dtype=np.float32, seed=0, targets=TARGETS):
     """Random factors of every adapted module, under the keys that diffusers writes today."""
     rng = np.random.default_rng(seed)
     out = {}
-    for component, _, module, (n_out, *n_in) in adapted(models):
+    for component, _, module, (n_out, *n_in) in adapted(models, targets):
         for leaf, shape in (('A', (rank, *n_in)), ('B', (n_out, rank, *[1] * len(n_in[1:])))):
             value = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
             out[f'{component}.{module}.lora_{leaf}.weight'] = value.astype(dtype)
@@ -123,5 +126,6 @@ def undone(tensors, config):
         tensors, _ = _convert_non_diffusers_lora_to_diffusers(alphas)
     unet = {k: x for k, x in tensors.items() if k.startswith('unet.')}
     text = {k: x for k, x in tensors.items() if not k.startswith('unet.')}
-    text = names.convert_state_dict_to_peft(names.convert_state_dict_to_diffusers(text))
+    if text:
+        text = names.convert_state_dict_to_peft(names.convert_state_dict_to_diffusers(text))
     return names.convert_unet_state_dict_to_peft(unet) | text

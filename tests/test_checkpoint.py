@@ -196,6 +196,22 @@ def test_sd2_files_with_the_whole_text_encoder(single_file, tiny_folder, tmp_pat
         open_model(tmp_path / 'x.safetensors').tensors('text_encoder')
 
 
+def test_sd2_files_in_sgm_names(single_file, tiny_folder, tmp_path):
+    """As SD-Turbo's; SDXL's refiner has its text encoder in the same place."""
+    found, _ = read_tensors(single_file('sd2'))
+    renamed = {
+        key.replace('cond_stage_model.model.', 'conditioner.embedders.0.model.'): x
+        for key, x in found.items()
+    }
+    assert renamed.keys() != found.keys()
+    write_tensors(tmp_path / 'x.safetensors', renamed)
+    same(open_model(tmp_path / 'x.safetensors'), tiny_folder('sd2')[1])
+    added = {'model.diffusion_model.label_emb.0.0.weight': np.zeros((4, 4), np.float16)}
+    write_tensors(tmp_path / 'x.safetensors', renamed | added)
+    with pytest.raises(InputError, match=r'x\.safetensors is a refiner of Stable Diffusion XL'):
+        open_model(tmp_path / 'x.safetensors')
+
+
 def test_prediction_type(single_file, tmp_path):
     def kind(extra=None, metadata=None, name='sdxl', **options):
         found, _ = read_tensors(single_file(name))
@@ -206,6 +222,8 @@ def test_prediction_type(single_file, tmp_path):
     assert kind()['prediction_type'] == 'epsilon'
     assert kind({'v_pred': zero})['prediction_type'] == 'v_prediction'
     assert kind({'v_pred': zero})['timestep_spacing'] == 'leading'
+    stale = kind({'v_pred': zero}, {'modelspec.prediction_type': 'epsilon'})
+    assert stale['prediction_type'] == 'v_prediction'
     zero_snr = kind({'v_pred': zero, 'ztsnr': zero})
     assert zero_snr['rescale_betas_zero_snr'] is True
     assert zero_snr['timestep_spacing'] == 'trailing'  # arXiv 2305.08891, section 3.4

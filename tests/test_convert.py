@@ -113,6 +113,21 @@ def test_mixed_dtypes_are_kept(canonical, tmp_path):
     assert read_tensors(last / UNET)[0]['conv_in.bias'].dtype == np.float32
 
 
+def test_q_k_and_v_of_several_dtypes_are_joined(tiny_folder, tmp_path):
+    """OpenCLIP's text encoders have them as one tensor."""
+    source = shutil.copytree(tiny_folder('sd2')[0], tmp_path / 'source')
+    file = next((source / 'text_encoder').glob('*.safetensors'))
+    tensors, _ = read_tensors(file)
+    tensors = {
+        k: x.astype(np.float16 if '.q_proj.' in k else np.float32) for k, x in tensors.items()
+    }
+    write_tensors(file, tensors)
+    convert(source, tmp_path / 'x.safetensors')
+    found = open_model(tmp_path / 'x.safetensors').tensors('text_encoder')
+    for key, x in tensors.items():
+        np.testing.assert_array_equal(np.asarray(found[key]), x.astype(np.float32))
+
+
 def break_file(folder):
     (folder / UNET).write_bytes((folder / UNET).read_bytes()[:-8])
 
@@ -258,6 +273,38 @@ def test_loras_are_merged_in(random_folder, lora_file, tmp_path):
     for x, y in zip(*(jax.tree.leaves(t) for t in (live.params, file.params)), strict=True):
         changed += not np.array_equal(x, y)
     assert changed == len(live.adapters['a'].loras['unet'])
+
+
+@pytest.mark.parametrize('dtype', ['keep', 'bfloat16', 'float16'])
+def test_sums_with_loras_are_rounded_once(canonical, lora_file, tmp_path, dtype):
+    """The folder is in float16."""
+    convert(canonical, tmp_path / 'exact', 'diffusers', 'float32', [(lora_file, 0.5)])
+    convert(canonical, tmp_path / 'out', 'diffusers', dtype, [(lora_file, 0.5)])
+    exact, got = (read_tensors(tmp_path / name / UNET)[0] for name in ('exact', 'out'))
+    want = np.dtype('float16' if dtype == 'keep' else dtype)
+    for key, x in exact.items():
+        assert got[key].dtype == want and got[key].tobytes() == x.astype(want).tobytes(), key
+
+
+@pytest.mark.parametrize(
+    ('scale', 'dtype', 'said'),
+    [
+        (np.inf, 'keep', r'proj_in\.weight: with the LoRAs added it is not finite'),
+        (1e7, 'float16', 'holds values that float16 cannot'),
+    ],
+)
+def test_sums_that_are_not_finite_are_refused(
+    random_folder, lora_file, tmp_path, scale, dtype, said
+):
+    with pytest.raises(InputError, match=said):
+        convert(random_folder, tmp_path / 'out', 'diffusers', dtype, [(lora_file, scale)])
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_single_file_that_others_cannot_guide_says_so(tiny_folder, tmp_path):
+    said = convert(tiny_folder('lcm')[0], tmp_path / 'x.safetensors')
+    assert said.endswith('; other programs do not know the guidance input of such a file')
+    assert 'guidance input' not in convert(tiny_folder('sd1')[0], tmp_path / 'y.safetensors')
 
 
 def test_a_model_with_an_acceleration_lora_in_it_says_so(random_folder, lora_file, tmp_path):

@@ -82,6 +82,33 @@ def test_what_other_programs_drop(dialect, model, program, lost):
     assert (drops if isinstance(lost, list) else len(drops)) == lost
 
 
+@pytest.mark.parametrize('model', ['sdxl', 'ssd1b'])
+def test_what_diffusers_misnames_is_dropped(model):
+    """Of every module with a kernel, not only those that are usually adapted."""
+    models = {'unet': full_size(model)['unet']}
+    spots = {part: modules(params) for part, params in models.items()}
+    theirs = {f'unet.{module}' for module in spots['unet']}
+    for dialect, lost in (('kohya', 2), ('kohya-sgm', 0)):
+        file = DIALECTS[dialect](lora_dialects.peft(models, targets={'unet': '.*'}))
+        drops = dropped('diffusers', locate(file, spots, 'file'), spots)
+        read = {key.split('.lora')[0] for key in undone(file, LEVELS)}
+        assert len(theirs - read) == len(drops) == lost
+        assert {name.replace('unet ', 'unet.') for name in drops} == theirs - read
+
+
+def test_diffusers_loads_nothing_of_a_kohya_file_with_a_strange_tensor():
+    models = {'unet': full_size('sd15')['unet']}
+    file = DIALECTS['kohya'](lora_dialects.peft(models))
+    module = next(key for key in file if 'conv1.lora_down' in key).split('.')[0]
+    file[f'{module}.lora_mid.weight'] = np.ones((1, 1, 3, 3), np.float32)
+    with pytest.raises(ValueError, match='not been correctly renamed'):
+        undone(file, LEVELS)
+    spots = {part: modules(params) for part, params in models.items()}
+    found = locate(file, spots, 'file')
+    assert len(dropped('diffusers', found, spots)) == len(found)
+    assert not dropped('comfyui', found, spots)
+
+
 @pytest.mark.parametrize('dialect', DIALECTS)
 @pytest.mark.parametrize(
     ('mine', 'model'),

@@ -139,6 +139,12 @@ def test_check(random_folder, models, tmp_path):
     )
     with pytest.raises(InputError, match=r"unknown program 'comfy' .*'comfyui'"):
         verbs.check_lora(file, random_folder, 'comfy')
+    wide = {
+        key: np.repeat(x, 2, 0) if 'down' in key else x for key, x in read_tensors(file)[0].items()
+    }
+    write_tensors(tmp_path / 'wide', wide)  # names that fit, shapes that do not
+    with pytest.raises(InputError, match=r'modules .*nothing was loaded'):
+        verbs.check_lora(tmp_path / 'wide', random_folder, 'comfyui')
 
 
 def test_a_sum_with_an_acceleration_lora_is_one(random_folder, models, tmp_path):

@@ -1,5 +1,6 @@
 """What users call a LoRA -> its file, and whether it is one that accelerates."""
 
+import math
 import re
 from pathlib import Path
 
@@ -49,12 +50,15 @@ def needed(names, source):
 def term(text):
     """'style.safetensors:0.8' -> (file, scale); the scale is 1 if there is none."""
     file, colon, scale = text.rpartition(':')
-    if not colon or '/' in scale or '\\' in scale:
+    if not colon or Path(text).exists() or '/' in scale or '\\' in scale:
         return text, 1.0
     try:
-        return file, float(scale)
-    except ValueError as e:
-        raise InputError(f'{text}: {scale!r} is no scale; write FILE:SCALE, a number') from e
+        by = float(scale)
+    except ValueError:
+        by = math.nan
+    if not math.isfinite(by):
+        raise InputError(f'{text}: {scale!r} is no scale; write FILE:SCALE, a number')
+    return file, by
 
 
 def accelerates(file, metadata, name=''):

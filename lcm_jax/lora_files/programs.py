@@ -23,11 +23,14 @@ def _is_sdxl(spots):
 def diffusers(component, spots):
     """diffusers 0.42, loaders/lora_pipeline.py and lora_conversion_utils.py; as it was seen to do.
 
-    The pipeline of SD 1 and 2 does not know the original names.
+    The pipeline of SD 1 and 2 does not know the original names. In kohya's it takes the underscores of
+    add_embedding and cond_proj for dots.
     """
     for dialect in ('kohya', 'peft', 'diffusers', 'diffusers-old', 'kohya-sgm'):
         if dialect != 'kohya-sgm' or _is_sdxl(spots):
             for name, module in dialects.names(dialect, component, spots[component]).items():
+                if dialect == 'kohya' and re.search('add_embedding|cond_proj', module):
+                    continue
                 for prefix in filter(None, dialects.DIALECTS[dialect].prefixes[component]):
                     yield prefix + name, module
 
@@ -104,6 +107,7 @@ class Program(NamedTuple):
     rule: Callable  # (component, {component: modules}) -> pairs of a stem and its module
     roles: frozenset | None = None  # tensors that it knows; None: all of ours
     masks: tuple = ()  # (a dialect, those that it hides where both are in the UNet's keys)
+    strict: tuple = ()  # dialects of which it loads nothing if there is one tensor it does not know
 
 
 PROGRAMS = {
@@ -111,6 +115,7 @@ PROGRAMS = {
         diffusers,
         frozenset({'down', 'up', 'alpha'}),
         (('peft', ('diffusers', 'diffusers-old')), ('kohya', ('kohya-sgm',))),
+        ('kohya', 'kohya-sgm'),
     ),
     'comfyui': Program(comfyui),
     'a1111': Program(a1111),
@@ -119,13 +124,21 @@ PROGRAMS = {
 
 def dropped(program, found, spots):
     """A program's name, `files.locate`'s result, the model's modules -> what the program drops."""
-    rule, known, masks = PROGRAMS[program]
+    rule, known, masks, strict = PROGRAMS[program]
     loads = {(part, *pair) for part in spots for pair in rule(part, spots)}
     there = {p.dialect for (c, _), roles in found.items() if c == 'unet' for p, _ in roles.values()}
     hidden = {other for dialect, others in masks if dialect in there for other in others}
 
+    def strange(roles):
+        return known is not None and not roles.keys() <= known
+
+    refused = any(
+        strange(roles) and any(part.dialect in strict for part, _ in roles.values())
+        for roles in found.values()
+    )
+
     def loaded(component, module, roles):
-        return (known is None or roles.keys() <= known) and all(
+        return not (refused or strange(roles)) and all(
             (component, part.stem, module) in loads
             and not (component == 'unet' and part.dialect in hidden)
             for part, _ in roles.values()

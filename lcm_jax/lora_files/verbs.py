@@ -63,8 +63,10 @@ def check_lora(file, model='emoji', target='diffusers'):
     target: 'diffusers', 'comfyui' or 'a1111'. Raises InputError if the file does not fit the model.
     """
     choose('program', target, programs.PROGRAMS)
-    spots = {part: modules(params) for part, params in models_of(model).items()}
-    tensors, _ = open_tensors(file)
+    models = models_of(model)
+    spots = {part: modules(params) for part, params in models.items()}
+    tensors, metadata = open_tensors(file)
+    place(tensors, peft_config.load(metadata, file), models, file)  # refuses what does not fit
     found = locate(tensors, spots, file)
     dropped = programs.dropped(target, found, spots)
     text = f'{target} loads {len(found) - len(dropped)} of {len(found)} modules of {file}'
