@@ -22,8 +22,7 @@ def get_config():
     c.train.batch = 4
     c.train.caption_dropout = 0.1
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
-    c.preview.sampler = 'dpm++'
-    c.preview.steps = 25
-    c.preview.guidance = 7.5
+    c.preview.sampler, c.preview.steps = 'dpm++', 25
+    c.preview.guidance = c.preview.teacher_guidance = 7.5
     c.export.name = 'style'
     return c

@@ -20,14 +20,18 @@ class Chip(NamedTuple):
     memory: float  # bytes, as the compiler says when a program needs more
 
 
-# By the start of jax's `device_kind`; the longest that fits. A device of TPU v4 is half a chip here.
+# By the start of jax's `device_kind`; the longest that fits. GPUs are the SXM kind unless they say.
 CHIPS = {
-    'TPU v4': Chip(137.5e12, 614e9, 15.25 * GIB),
+    'TPU v4': Chip(275e12, 1228e9, 30.75 * GIB),
     'TPU v5 lite': Chip(197e12, 819e9, 15.75 * GIB),  # v5e
     'TPU v5': Chip(459e12, 2765e9, 95.73 * GIB),  # v5p
     'TPU v6 lite': Chip(918e12, 1640e9, 31.24 * GIB),  # v6e
     'NVIDIA A100': Chip(312e12, 2039e9, 80 * GIB),
+    'NVIDIA A100-SXM4-40GB': Chip(312e12, 1555e9, 40 * GIB),
+    'NVIDIA A100-PCIE-40GB': Chip(312e12, 1555e9, 40 * GIB),
     'NVIDIA H100': Chip(989e12, 3350e9, 79 * GIB),
+    'NVIDIA H100 PCIe': Chip(756e12, 2000e9, 79 * GIB),
+    'NVIDIA H100 NVL': Chip(835e12, 3900e9, 93 * GIB),
     'NVIDIA H200': Chip(989e12, 4800e9, 140 * GIB),
 }
 
@@ -53,9 +57,10 @@ def devices_of(topology):
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # there is no such machine to ask
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # it takes no TPU
     slices, _, name = topology.rpartition('*')
+    options = {'chip_config_name': 'megacore'} if name.startswith('v4:') else {}  # a chip a device
     try:
         described = topologies.get_topology_desc(
-            platform='tpu', topology_name=name, num_slices=int(slices or 1)
+            platform='tpu', topology_name=name, num_slices=int(slices or 1), **options
         )
     except Exception as e:  # of several kinds, by what is wrong
         raise InputError(

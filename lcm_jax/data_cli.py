@@ -80,6 +80,7 @@ def cache(args):
             said,
             encode,
             model=args.model,
+            weights=model.marks(model.encoders),
             batch=args.batch or at_once(said.resolution, len(source)),
             process=args.process,
             processes=args.processes,

@@ -39,6 +39,16 @@ def check_made_of(file, now):
         )
 
 
+def check_samples(file, name, now):
+    """InputError for a cache that was made of other samples; now: `identity` of those that there are."""
+    before = json.loads(file.read_text()).get('samples', now) if file.is_file() else now
+    if before != now:
+        raise InputError(
+            f'{name} has other samples than when {file.parent} was made of it ({now["number"]}, then '
+            f'{before["number"]}; names or sizes differ): delete that folder, or give another workdir'
+        )
+
+
 def check_dtype(source, dtype):
     """InputError for a cache whose text embeddings are of another type than the run's."""
     arrays = source.encoded['arrays'] if source.encoded else {}
@@ -48,6 +58,17 @@ def check_dtype(source, dtype):
                 f'{source.name}: its {key} is {arrays[key]["dtype"]}; this run has dtype = {dtype!r}: '
                 f'make the cache again with --dtype {dtype}, or set dtype to what it has'
             )
+
+
+def check_weights(source, marks):
+    """InputError for a cache that other encoders made; marks: {component: what its weights are known by}."""
+    before = source.encoded.get('weights') or marks
+    changed = [part for part in marks if before.get(part) != marks[part]]
+    if changed:
+        raise InputError(
+            f"{source.name} was encoded with other weights of {', '.join(changed)} than this model's: "
+            'make the cache again (lcm-jax data cache)'
+        )
 
 
 def check_fixed(source, settings):
@@ -84,6 +105,8 @@ class Feed:
         self.samples = {}  # key of data -> `identity` of what was opened last for it
         self.source = self.open('source', Path(workdir) / 'cache')
         self.held = config.data.validation and self.open('validation', Path(workdir) / 'validation')
+        if self.held:
+            self.load(self.held, 0).close()  # refused now rather than after compiling
         self.loader = self.load(self.source, 0)
         self.sizes = self.loader.shapes  # (height, width) px of each bucket
         self.size = self.sizes[self.loader.order.counts.argmax()]  # of most samples
@@ -95,14 +118,29 @@ class Feed:
             source = self.look(key, name)
             check_fixed(source, self.settings)
             check_dtype(source, self.config.dtype)
+            if source.encoded:
+                check_weights(source, self.model.marks(self.model.encoders))
             return source
         made_of = self.made_of(name)
         check_made_of(folder / MADE_OF, made_of)
-        if not complete(folder):
+        filled = complete(folder)
+        source = self.still_there(name) if filled else self.look(key, name)
+        if source:
+            made_of |= {'samples': identity(source)}
+            check_samples(folder / MADE_OF, name, made_of['samples'])
+        if not filled:
             meet('cache')  # all look before one writes
-            self.fill(self.look(key, name), folder, made_of)
+            self.fill(source, folder, made_of)
             meet('cache filled')
         return self.look(key, f'cache:{folder}')
+
+    def still_there(self, name):
+        """-> the Source that a complete cache was made of; None if it cannot be opened any more."""
+        try:
+            return open_source(name, self.settings)
+        except InputError as e:
+            say(f'{e}; its cache is used as it is')
+            return None
 
     def look(self, key, name):
         """Open a source of data.`key`, and say what it leaves out -> Source.
@@ -153,6 +191,7 @@ class Feed:
                 self.settings,
                 encode,
                 model=config.model,
+                weights=self.model.marks(self.model.encoders),
                 batch=at_once(self.settings.resolution, len(source)),
                 process=jax.process_index(),
                 processes=jax.process_count(),

@@ -47,12 +47,17 @@ class Preview:
         base: parameters as at step 0.
         """
         c, settings = self.config, json.dumps(self.made_of, sort_keys=True)
+        same = False
         if self.file.is_file():
             with np.load(self.file) as found:
-                if str(found.get('settings')) == settings:
-                    self.teacher, self.base = found['teacher'], found['base']
-                    return
-            say(f'{self.file} was drawn with another model or other settings: it is drawn again')
+                same = str(found.get('settings')) == settings
+                self.teacher, self.base = found['teacher'], found['base']
+            if not same:
+                say(
+                    f'{self.file} was drawn with another model or other settings: it is drawn again'
+                )
+        if all(sharding.gathered(b'1' if same else b'')):  # all draw, or none
+            return
         self.teacher = self.draw(base, frozen, 'ddim', c.teacher_steps, c.teacher_guidance)
         self.base = self.draw(base, frozen, c.sampler, c.steps, c.guidance)
         if jax.process_index() == 0:

@@ -120,7 +120,7 @@ class Saves:
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep_policy.AnyPreservationPolicy(policies),
-                best_fn=(lambda _: 0.0) if best else None,  # without it metrics are not written
+                best_fn=lambda _: 0.0,  # without it metrics are not written
                 cleanup_tmp_directories=True,
             ),
             item_handlers={
@@ -151,10 +151,12 @@ class Saves:
         return math.inf if math.isnan(value) else value
 
     def _measured_alike(self, step):
-        """Whether a checkpoint's metric was found with the settings of now: preview.* may have changed."""
+        """Whether a checkpoint's metric was found with the settings of now, which may have changed."""
         before, now = self._recipe_of(step), self.recipe
-        keys = (k for k in now if k.startswith('preview.') and self.metric != 'validation')
-        return all(before.get(k) == now[k] for k in keys)
+        names = (
+            ('export.weights',) if self.metric == 'validation' else ('export.weights', 'preview')
+        )
+        return all(before.get(k) == now[k] for k in now if under(k, names))
 
     def _recipe_of(self, step):
         args = ocp.args.Composite(recipe=ocp.args.JsonRestore())

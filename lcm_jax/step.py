@@ -89,6 +89,11 @@ def program(specs, family, schedule, config, mesh):
     Raises InputError for settings outside what is supported, naming the key.
     """
     objective = choose('objective', config.objective, OBJECTIVES)
+    if specs['unet'].in_channels != specs['vae'].latent_channels:
+        raise InputError(
+            f'{config.model}: its UNet takes {specs["unet"].in_channels} channels, latents have '
+            f'{specs["vae"].latent_channels}; models for inpainting are drawn with, not trained'
+        )
     check(config, objective, sharding.groups(mesh))
     for sampler, steps in (
         (config.preview.sampler, config.preview.steps),
@@ -139,6 +144,8 @@ def check(config, objective, groups):
     for key, table in CHOICES.items():
         part, name = key.split('.')
         choose(key, values[part][name], table)
+    if not config.preview.prompts:
+        raise InputError('preview.prompts is empty; give one or more')
     if c.best == 'validation' and not config.data.validation:
         raise InputError("train.best = 'validation' needs a source in data.validation")
     if c.best == 'distance' and not objective.target:

@@ -9,6 +9,7 @@ each: GKE, Slurm and Open MPI are recognised by their environment; on Cloud TPU 
 """
 
 import functools
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,8 @@ def run(config, workdir):
     sharding.alike('settings', {k: x for k, x in flat(recipe).items() if k not in OWN})
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
+    for tokenizer in model.tokenizers:
+        tokenizer(list(config.preview.prompts))  # raises InputError before hours are spent
     feed = Feed(model, config, mesh, workdir)
     recipe |= {'samples': feed.samples['source']}
     with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
@@ -205,6 +208,9 @@ class Outputs:
     def __init__(self, config, model, prog, feed, preview, step, saves, writer, workdir):
         self.config, self.model, self.prog, self.preview = config, model, prog, preview
         self.saves, self.writer, self.workdir, self.key = saves, writer, workdir, step.key
+        there = any(workdir.glob(f'{config.export.name}_best*'))  # the name may have changed
+        if not any(sharding.gathered(b'1' if there else b'')):
+            saves.best = math.inf
         self.held = feed.validation()
         self.loss = jax.jit(prog.loss, out_shardings=step.whole)
 

@@ -74,6 +74,29 @@ def config(model, settings=()):
     return flags.read(CONFIGS / 'default.py', {'model': model} | SETTINGS | dict(settings))
 
 
+class Recording:
+    """A config that notes which of its keys are asked for; not those that are handed on as a whole."""
+
+    def __init__(self, config, read, prefix=''):
+        self._config, self._read, self._prefix = config, read, prefix
+
+    def __getattr__(self, key):
+        return self[key]
+
+    def __getitem__(self, key):
+        value = self._config[key]
+        if hasattr(value, 'to_dict'):
+            return Recording(value, self._read, f'{self._prefix}{key}.')
+        self._read.add(self._prefix + key)
+        return value
+
+    def items(self):
+        return self._config.items()
+
+    def to_dict(self):
+        return self._config.to_dict()
+
+
 def run(model, workdir, **settings):
     """A run in this process; settings have '__' for '.' -> what it exports."""
     settings = {key.replace('__', '.'): value for key, value in settings.items()}

@@ -150,6 +150,20 @@ def test_a_cache_of_something_else_is_refused(tmp_path, tokenizers):
         open_source(f'cache:{tmp_path}/e', SETTINGS)
 
 
+def test_parts_of_other_settings_or_samples_are_refused(tmp_path, tokenizers):
+    source, flipped = open_source('synthetic:9', SETTINGS), dataclasses.replace(SETTINGS, flip=True)
+    grown, other = open_source('synthetic:10', SETTINGS), {'weights': {'vae': 'x'}}
+    for name, what, key in (
+        ('fixed', (source, tokenizers, flipped), {}),
+        ('source', (grown, tokenizers), {}),
+        ('weights', (source, tokenizers), other),
+    ):
+        write(tmp_path / name, source, tokenizers, process=0, processes=2)
+        write(tmp_path / name, *what, process=1, processes=2, **key)
+        with pytest.raises(InputError, match=f'its parts were made by different runs: {name} = '):
+            open_source(f'cache:{tmp_path}/{name}', SETTINGS)
+
+
 def test_broken_samples_are_left_out_and_counted(tmp_path, tokenizers):
     good = [m for i in range(3) for m in sample(f'{i}')]
     bad = [('8.png', encoded(size=(40, 40))[:60]), ('8.txt', b'x')]

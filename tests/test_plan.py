@@ -90,6 +90,7 @@ def test_forward_compiles_for_tpus(tpus):
 def test_topologies():
     pytest.importorskip('libtpu')
     for name, n, kind in (
+        ('v4:2x2x1', 4, 'TPU v4'),  # a device is a whole chip, as where they are
         ('v5e:4x4', 16, 'TPU v5 lite'),
         ('v5p:2x2x2', 8, 'TPU v5'),
         ('v6e:2x2', 4, 'TPU v6 lite'),

@@ -194,6 +194,21 @@ def test_the_best_is_of_pictures_that_were_drawn_alike(folder):
         assert kept.best == 0.8
 
 
+@pytest.mark.parametrize('metric', ['distance', 'validation'])
+def test_the_best_is_of_the_weights_that_are_exported(tmp_path, metric):
+    """Metrics are kept without a best, too: it may be asked for later."""
+    for weights, best, found in (
+        ('params', metric, np.inf),
+        ('params', '', np.inf),
+        ('params', metric, 0.5),
+        ('ema', metric, np.inf),
+    ):
+        with Saves(tmp_path, RECIPE | {'export': {'weights': weights}}, best=best) as kept:
+            assert kept.best == found
+            step = (kept.step or 0) + 1
+            kept.save(step, state(step), {metric: 0.5 if best else 0.7})
+
+
 def test_a_loss_does_not_depend_on_the_pictures(tmp_path):
     for recipe in (RECIPE, NEW):
         with Saves(tmp_path, recipe, keep=1, best='validation') as kept:

@@ -75,29 +75,6 @@ def test_every_key_is_commented_where_it_is_defined():
     assert not [key for key in leaves('default') if not keys[key]]
 
 
-class Recording:
-    """A config that notes which of its keys are asked for; not those that are handed on as a whole."""
-
-    def __init__(self, config, read, prefix=''):
-        self._config, self._read, self._prefix = config, read, prefix
-
-    def __getattr__(self, key):
-        return self[key]
-
-    def __getitem__(self, key):
-        value = self._config[key]
-        if hasattr(value, 'to_dict'):
-            return Recording(value, self._read, f'{self._prefix}{key}.')
-        self._read.add(self._prefix + key)
-        return value
-
-    def items(self):
-        return self._config.items()
-
-    def to_dict(self):
-        return self._config.to_dict()
-
-
 def test_every_key_is_read(model, tmp_path, monkeypatch):
     read = set()
 
@@ -124,7 +101,7 @@ def test_every_key_is_read(model, tmp_path, monkeypatch):
     }.items():
         changes = {'train.steps': 1, 'train.decay': True, 'train.warmup': 0} | changes
         workdir = tmp_path / name
-        train.run(Recording(runs.config(model, changes), read), workdir)
+        train.run(runs.Recording(runs.config(model, changes), read), workdir)
         there = {p.name for p in workdir.iterdir() if not p.name.startswith('events.')}
         own = {Path(name).stem for name in there - {*export.RESERVED}}
         assert own == {'lora', 'lora_best'}
@@ -184,6 +161,9 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
         ({'trains': 'full', 'full__trainable': 'to_quack'}, 'to_quack'),
         ({'mesh__fsdp': 3}, 'mesh'),
         ({'preview__sampler': 'ddmi'}, "did you mean 'ddim'"),
+        ({'preview__prompts': ()}, r'preview\.prompts is empty; give one or more'),
+        ({'preview__prompts': ('x ' * 99,)}, 'prompt of 101 tokens'),
+        ({'data__validation': 'synthetic:3', 'train__best': 'validation'}, 'synthetic:3'),
         ({'preview__steps': 0}, 'steps = 0; ddim takes a whole number'),
         ({'preview__teacher_steps': 1000}, 'steps = 1000; ddim takes a whole number'),
         ({'data__source': 'synthetc:4'}, "did you mean 'synthetic'"),
@@ -520,6 +500,44 @@ def test_a_cache_of_something_else_is_refused(model, filled, uncompiled):
     ):
         with pytest.raises(InputError, match=said):
             runs.run(model, filled, data__cache=True, **changes)
+
+
+def test_a_cache_of_other_samples_is_refused(model, tmp_path, capsys):
+    """Of a source of the same name; one that is gone is not missed."""
+    pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
+    pictures.mkdir()
+    for i in range(9):
+        (pictures / f'{i}.png').write_bytes(encoded(size=(16, 16)))
+        (pictures / f'{i}.txt').write_text('a disc')
+    changes = {'data.cache': True, 'data.source': f'folder:{pictures}'}
+    config = runs.config(model, changes)
+
+    def fed():
+        opened = feed.Feed(describe(str(model)), config, sharding.make_mesh(), workdir)
+        opened.close()
+        return len(opened.source)
+
+    assert fed() == fed() == 9
+    aside = pictures.rename(tmp_path / 'aside')
+    assert fed() == 9 and 'its cache is used as it is' in capsys.readouterr().out
+    aside.rename(pictures)
+    (pictures / '8.png').unlink()
+    with pytest.raises(
+        InputError, match=r'has other samples than when .*cache was made of it \(8, then 9'
+    ):
+        fed()
+
+
+def test_a_cache_of_other_encoders_is_refused(model, filled, uncompiled):
+    """As `lcm-jax data cache` writes it, too: named as a source."""
+    with other_weights(model, 'vae'), pytest.raises(InputError, match='other weights of vae than'):
+        runs.run(model, filled / 'new', data__source=f'cache:{filled}/cache')
+
+
+def test_models_for_inpainting_are_not_trained(model, tmp_path, uncompiled):
+    folder = runs.write_tiny(tmp_path / 'inpainting', in_channels=9)
+    with pytest.raises(InputError, match='its UNet takes 9 channels, latents have 4'):
+        runs.run(folder, tmp_path / 'run')
 
 
 @contextlib.contextmanager

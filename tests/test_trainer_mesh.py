@@ -12,6 +12,13 @@ pytestmark = [
 
 
 @pytest.fixture(scope='module')
+def model(tmp_path_factory):
+    """Of two levels, so that what changes the size of pictures is divided as well."""
+    levels = {'widths': (8, 16), 'down': ((0,), (1,)), 'up': ((0, 0), (0, 0)), 'heads': (2, 2)}
+    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny', **levels)
+
+
+@pytest.fixture(scope='module')
 def alone(model, tmp_path_factory):
     """The workdir of a run on one device, in this process."""
     workdir = tmp_path_factory.mktemp('alone') / 'run'

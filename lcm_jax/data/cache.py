@@ -21,7 +21,10 @@ from lcm_jax.data.samples import SCORES, Broken, Index, describe
 from lcm_jax.errors import InputError
 
 PART = re.compile(r'part-(\d{5})-of-(\d{5})\.json')
-SAME = ('version', 'model', 'resolution', 'shapes', 'arrays')  # what all parts agree on
+SAME = (  # what all parts agree on
+    *('version', 'model', 'resolution', 'shapes', 'arrays'),
+    *('fixed', 'source', 'number', 'weights'),
+)
 
 
 def part_name(process, processes):
@@ -130,8 +133,13 @@ def parts_of(folder):
         for name, said in head['arrays'].items():  # a part may lack a bucket that another has
             mine = filled[0]['arrays'].get(name, {'shapes': {}})
             mine['shapes'] = said['shapes'] = mine['shapes'] | said['shapes']
-        if any(head[key] != filled[0][key] for key in SAME):
-            raise InputError(f'cache:{folder}: its parts were made by different runs')
+        apart = [key for key in SAME if head.get(key) != filled[0].get(key)]
+        if apart:
+            key = apart[0]
+            raise InputError(
+                f'cache:{folder}: its parts were made by different runs: {key} = '
+                f'{filled[0].get(key)!r} and {head.get(key)!r}'
+            )
     dropped = {}
     for head in heads:
         for reason, n in head['dropped'].items():

@@ -14,13 +14,25 @@ FIXED = (  # settings that act once, when a cache is made
 
 
 def write_cache(
-    folder, source, tokenizers, settings, encode, *, model, batch, process=0, processes=1, log=None
+    folder,
+    source,
+    tokenizers,
+    settings,
+    encode,
+    *,
+    model,
+    batch,
+    weights=None,
+    process=0,
+    processes=1,
+    log=None,
 ):
     """Encode the samples i of a source with i % processes == process -> samples written, Drops.
 
     encode({'pixels', 'ids', 'sizes'}, [batch, ...] each as `loader` gives them) -> {'mean', 'logvar',
     'context', ...}, arrays of as many rows; it is always given full batches of one shape. model: the
-    name that a run which reads the cache must have. Crops, flips and captions are those of step 0 and
+    name that a run which reads the cache must have; weights: {component: what those of its encoders are
+    known by}, which it must have too. Crops, flips and captions are those of step 0 and
     row i. log(samples done) is called after each batch. Raises InputError if the cache is there, for a
     sample whose encoding is not finite, and as soon as more than settings.max_dropped of the samples
     are broken.
@@ -31,6 +43,7 @@ def write_cache(
     maker = One(source, tuple(tokenizers), settings)
     head = {'model': model, 'resolution': settings.resolution, 'shapes': maker.shapes}
     head |= {'fixed': {key: getattr(settings, key) for key in FIXED}}
+    head |= {'source': source.name, 'number': len(source), 'weights': weights}
     writer = Writer(folder, head, process, processes)
     waiting, broken, done = [[] for _ in maker.shapes], Drops(), 0
 

@@ -1,5 +1,6 @@
 """Sources -> batches, by grain: deterministic, and resumable at any step."""
 
+import signal
 from typing import NamedTuple
 
 import grain
@@ -43,7 +44,10 @@ class Maker:
     def __init__(self, source, tokenizers, settings, batch, rows):
         self.source, self.tokenizers, self.settings = source, tokenizers, settings
         self.shapes, ids = zip(*groups(source, settings), strict=True)
-        self.order, self.rows = Order(ids, batch, settings.seed), rows
+        try:
+            self.order, self.rows = Order(ids, batch, settings.seed), rows
+        except InputError as e:
+            raise InputError(f'{source.name}: {e}') from e
 
     def sample(self, i, step, row, shape):
         """-> arrays of one sample, and its caption if it is still to be read. Raises Broken."""
@@ -184,6 +188,11 @@ def loader(source, tokenizers, settings, *, batch, rows=None, start=0):
     return Loader(Maker(source, tuple(tokenizers), settings, batch, rows), start)
 
 
+def deaf(*_):
+    """A worker reads on after SIGTERM, which goes to all of a job: the run ends it when it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def iterate(function, numbers, settings):
     """function over a range of numbers, ahead of time, by settings.threads and settings.workers."""
     made = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(function)
@@ -194,5 +203,5 @@ def iterate(function, numbers, settings):
     if settings.workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads its own, which are left as they are
-        made = made.mp_prefetch(grain.MultiprocessingOptions(settings.workers))
+        made = made.mp_prefetch(grain.MultiprocessingOptions(settings.workers), worker_init_fn=deaf)
     return iter(made)
