@@ -91,19 +91,19 @@ class Artist:
 def illustrate(artist, cell, file):
     """Draw the config's prompts for the grid, side by side, unless the file shows just these."""
     prompts = list(artist.config.prompts)
-    shows = json.dumps({**artist.made_of(cell), 'prompts': prompts})
-    if shown(file) == shows:
+    shows = {**artist.made_of(cell), 'prompts': prompts}
+    if shown(file) == json.loads(json.dumps(shows)):
         return
     drawn = [x for _, pictures, _ in artist.batches(cell, prompts) for x in pictures]
     info = PngInfo()
-    info.add_text(MADE_OF, shows)
+    info.add_text(MADE_OF, json.dumps(shows))
     save(Image.fromarray(np.concatenate(drawn, 1)), file, pnginfo=info)
 
 
 def shown(file):
-    """What the grid's pictures in a file were made of; '' if it cannot be read."""
+    """What the grid's pictures in a file were made of; None if it cannot be read."""
     try:
         with Image.open(file) as image:
-            return image.info.get(MADE_OF, '')
-    except OSError:
-        return ''
+            return json.loads(image.info.get(MADE_OF, 'null'))
+    except (OSError, ValueError):
+        return None

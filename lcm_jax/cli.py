@@ -86,11 +86,12 @@ def parser():
         description='Few-step Stable Diffusion with LCM-LoRA.',
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     verbs = main.add_subparsers(required=True, metavar='VERB')
 
     def verb(run, name, text, group=verbs):
-        added = group.add_parser(name, help=text, description=text)
+        added = group.add_parser(name, help=text, description=text, allow_abbrev=False)
         added.set_defaults(run=run)
         return added
 

@@ -30,7 +30,7 @@ class Plan:
     vae: VAESpec | TinySpec
     prediction_type: str
     sampler: str
-    short: bool  # fewer than samplers.SHORT steps, strength aside
+    short: bool  # fewer than samplers.SHORT steps, strength aside, and to time 0
     platform: str  # 'tpu' cuts pictures into strips
     mesh: Mesh | None = None  # each device along its 'data' axis draws its part of the batch
 

@@ -16,7 +16,8 @@ def measure(args):
 
     found = compare(args.real, args.fake, args.features, args.resolution)
     print(f'FID {found["fid"]:.4f}')
-    print(f'KID {found["kid"]:.6f} +- {found["kid_std"]:.6f}')
+    spread = '' if found['kid_std'] is None else f' +- {found["kid_std"]:.6f}'
+    print(f'KID {found["kid"]:.6f}{spread}')
     print(f'{found["fake"]:,} pictures against {found["real"]:,}; features {found["features"]}')
     if found['biased']:
         print('with fewer than 10,000 pictures of each, FID is biased upwards; KID is not')

@@ -151,10 +151,10 @@ def kept_pictures(file, made):
     """-> {number: picture} of what `keeping` wrote; None if it was of something else."""
     try:
         with np.load(file) as found:
-            if MADE_OF not in found or str(found[MADE_OF]) != json.dumps(made):
+            if json.loads(str(found[MADE_OF])) != json.loads(json.dumps(made)):
                 return None
             return dict(zip(found['numbers'].tolist(), found['pictures'], strict=True))
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
 
 

@@ -63,7 +63,9 @@ def plainly():
 def program(start, kind, usage, argv=None):
     """A module run with `python -m`: start(config, workdir, cluster); kind: a key of KINDS."""
     p = argparse.ArgumentParser(
-        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_run(p, kind)
     with plainly():
@@ -109,6 +111,10 @@ def settled(args, kind):
 
     Raises InputError as `read`, for a config that lacks the key `kind`, and for a workdir that is no path.
     """
+    workdir = getattr(args, 'workdir', None)
+    for name, given in (('config', args.config), ('workdir', workdir)):
+        if given == '':
+            raise InputError(f'--{name} is empty')
     config = read(args.config, args.settings)
     if kind not in config:
         others = [row.verb for key, row in KINDS.items() if key in config]
@@ -116,7 +122,6 @@ def settled(args, kind):
             f'not a config of {KINDS[kind].verb!r}: it has no {kind!r}'
             + (f'; it is one of {others[0]!r}' if others else '')
         )
-    workdir = getattr(args, 'workdir', None)
     if workdir and remote(workdir):
         raise InputError(
             f'--workdir {workdir}: must be a folder; mount the bucket (gcsfuse) and give its path, '

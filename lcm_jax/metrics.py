@@ -169,8 +169,9 @@ def frechet(real, fake):
 def kid(real, fake, seed=0):
     """Kernel Inception Distance of two sets, as Statistics (arXiv 1801.01401) -> mean, standard deviation.
 
-    The unbiased squared MMD of the kernel (x.y / D + 1)^3, over SUBSETS draws of SUBSET pictures each (of
-    all but one of the smaller set, if that has no more). Raises InputError as `frechet` does.
+    The unbiased squared MMD of the kernel (x.y / D + 1)^3, over SUBSETS draws of SUBSET pictures each. If
+    the smaller set has no more, of all but one of it, and without a deviation, None: such draws hardly
+    differ. Raises InputError as `frechet` does.
     """
     real.check(fake)
     size = min(SUBSET, len(real.rows) - 1, len(fake.rows) - 1)
@@ -181,7 +182,7 @@ def kid(real, fake, seed=0):
         mmd(*(rows[rng.choice(len(rows), size, replace=False)] for rows in (real.rows, fake.rows)))
         for _ in range(SUBSETS)
     ]
-    return float(np.mean(draws)), float(np.std(draws))
+    return float(np.mean(draws)), float(np.std(draws)) if size == SUBSET else None
 
 
 def mmd(x, y):

@@ -240,7 +240,7 @@ class Pipeline:
             name: x if len(x) == 1 else np.repeat(x, count, 0)
             for name, x in request.pictures(image, mask, size, unet, vae, pure).items()
         }
-        kind, short = self.schedule.prediction_type, steps < samplers.SHORT
+        kind, short = self.schedule.prediction_type, bool(steps < samplers.SHORT and times[-1] == 0)
         drawn, finite = draw(
             Plan(unet, vae, kind, sampler, short, _platform(self.mesh), self.mesh),
             {part: self.merged[part] for part in ('unet', 'vae')},
@@ -259,7 +259,7 @@ class Pipeline:
             sampler,
             guidance,
             negative,
-            lora=fast or self.schedule.few_steps,
+            fast=fast or self.schedule.few_steps,
             embedded=bool(self.specs['unet'].w_dim),
             default=self.family.guidance,
         )

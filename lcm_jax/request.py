@@ -10,19 +10,20 @@ from lcm_jax.families import takes_mask
 from lcm_jax.samplers import SAMPLERS
 
 
-def manner(sampler, guidance, negative, *, lora, embedded, default):
+def manner(sampler, guidance, negative, *, fast, embedded, default):
     """-> sampler, guidance, whether a null condition takes part; with their defaults.
 
-    lora: an acceleration LoRA takes part; embedded: the UNet takes guidance as an input; default:
-    the model's guidance. Warns of settings that spoil pictures or have no effect.
+    fast: an acceleration LoRA takes part, or the model is one for few steps; embedded: the UNet takes
+    guidance as an input; default: the model's guidance. Warns of settings that spoil pictures or have
+    no effect.
     """
-    sampler = sampler or ('lcm' if lora or embedded else 'ddim')
+    sampler = sampler or ('lcm' if fast or embedded else 'ddim')
     distilled = choose('sampler', sampler, SAMPLERS).distilled
-    inside = (lora or distilled) and not embedded  # guidance is in the weights already
+    inside = (fast or distilled) and not embedded  # guidance is in the weights already
     if guidance is None:
         guidance = 1 if inside else default
     if inside and guidance > 2:
-        what = 'an acceleration LoRA' if lora else 'the LCM sampler'
+        what = 'what draws in few steps' if fast else 'the LCM sampler'
         warnings.warn(f'guidance {guidance:g} with {what} burns pictures; use 1 to 2', stacklevel=3)
     guided = guidance > 1 and not embedded
     if negative and not guided:

@@ -170,14 +170,14 @@ class Sampler(NamedTuple):
     distilled: bool = False  # of LCMs: these know their times, and have guidance in their weights
 
 
-SHORT = 15  # steps, from which DPM-Solver's last one is of second order too
+SHORT = 15  # steps, from which DPM-Solver's last one, if it ends at time 0, is of second order too
 
 # SD's configuration of diffusers' schedulers: set_alpha_to_one=False, steps_offset=1; SDXL's is
 # 'euler'. Its noise of variance 1 is diffusers' for `leading` (other spacings: sigma_max there).
 SAMPLERS = {
     'ddim': Sampler(lambda short: ddim(), 'leading', 0),
     'dpm': Sampler(lambda short: dpm_solver(first_order_end=short), 'linspace', 0, 1),
-    'dpm++': Sampler(lambda short: dpm_solver_pp(), 'linspace', CLEAN, 1),
+    'dpm++': Sampler(lambda short: dpm_solver_pp(first_order_end=short), 'linspace', CLEAN, 1),
     'euler': Sampler(lambda short: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
     'lcm': Sampler(lambda short: lcm(), 'lcm', CLEAN, steps=4, distilled=True),
 }

@@ -38,7 +38,7 @@ def sweep(
     fast = any(a.accelerates for a in pipe.adapters.values())  # even where its scale is 0
     sampler, first, _ = pipe.manner(sampler, guidance and guidance[0], None, fast)
     network = open_features(clip)
-    texts = network.texts(prompts)
+    texts = network.texts(prompts, truncate=True)
     drawn = {}  # (value, steps) -> pictures [N]
     for value in values:
         if kind == 'scale':

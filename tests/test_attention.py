@@ -1,11 +1,14 @@
 """Attention against a float64 reference, and its memory."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+from lcm_jax.models import attention
 from lcm_jax.models.attention import BLOCK, SMALL, attend
 
 CASES = {  # name: (B, L, M, H, D, causal)
@@ -84,6 +87,15 @@ def test_no_array_of_tokens_by_tokens(fn, count):
     temp = compiled.memory_analysis().temp_size_in_bytes
     print(f'{temp / 2**20:.0f} MiB of temporaries')
     assert temp < 4 * 4096**2  # one head's scores; all of them are 8 times as large
+
+
+@pytest.mark.parametrize(('capability', 'fits'), [('7.5', False), ('8.0', True), ('12.0', True)])
+def test_cudnn_is_for_cards_that_have_its_kernel(monkeypatch, capability, fits):
+    card = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, 'devices', lambda platform: [card])
+    q = jnp.zeros((1, 4096, 8, 40), jnp.bfloat16)
+    assert attention._fits_cudnn(q) == fits
+    assert not attention._fits_cudnn(q.astype(jnp.float32))
 
 
 @pytest.mark.parametrize('platform', ['cuda', 'rocm', 'tpu'])

@@ -175,6 +175,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
             r"LoRA '.*style.safetensors' is given twice; give the sum",
         ),
         (['--lora', 'lcm:half'], "'half' is no scale; write FILE:SCALE, a number"),
+        (['--lora', 'lcm:nan'], "'nan' is no scale; write FILE:SCALE, a number"),
         (['--size', 30, 32], 'size 30 x 32: both must be multiples of 4'),
         (['--seed', -1], 'seed = -1'),
         (['--model', 'emojy'], "'emojy' is neither a shipped model .*did you mean 'emoji'"),
@@ -322,6 +323,7 @@ def test_train_refuses(run, tmp_path_factory):
     other = ROOT / 'configs' / 'eval.py'
     said = "not a config of 'lcm-jax train': it has no 'train'; it is one of 'lcm-jax evaluate'"
     refused(run('train', '--config', other, '--workdir', 'w'), said)
+    refused(run('train', '--config', CONFIG, '--workdir', ''), '--workdir is empty')
     said = '--workdir gs://bucket/w: must be a folder'
     refused(run('train', '--config', CONFIG, '--workdir', 'gs://bucket/w'), said)
     config = tmp_path_factory.mktemp('config') / 'typo.py'

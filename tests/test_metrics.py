@@ -100,6 +100,8 @@ def test_kid_is_unbiased_and_tells_sets_apart():
     same, deviation = metrics.kid(of(x), of(y))
     apart, _ = metrics.kid(of(x), of(y + 0.5))
     assert abs(same) < 2 * deviation and apart > 20 * abs(same)
+    few, none = metrics.kid(of(x[:900]), of(y))
+    assert abs(few) < 0.1 * apart and none is None  # nearly the same draws: no measure of chance
     with pytest.raises(InputError, match='three pictures'):
         metrics.kid(of(x[:2]), of(y))
 

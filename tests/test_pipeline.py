@@ -243,9 +243,9 @@ def test_an_acceleration_lora_sets_the_defaults_and_warns(pipe, lora_file, tmp_p
     with pytest.warns(UserWarning, match='guidance 7.5 with an acceleration LoRA'):
         pipe(PROMPTS[0], **QUICK | {'guidance': 7.5})
     with pytest.warns(UserWarning, match='guidance 7.5 with the LCM sampler burns'):
-        manner('lcm', 7.5, None, lora=False, embedded=False, default=7.5)
-    assert manner('lcm', None, None, lora=False, embedded=False, default=7.5) == ('lcm', 1, False)
-    assert manner(None, None, None, lora=False, embedded=True, default=7.5) == ('lcm', 7.5, False)
+        manner('lcm', 7.5, None, fast=False, embedded=False, default=7.5)
+    assert manner('lcm', None, None, fast=False, embedded=False, default=7.5) == ('lcm', 1, False)
+    assert manner(None, None, None, fast=False, embedded=True, default=7.5) == ('lcm', 7.5, False)
     with pytest.warns(UserWarning, match='negative prompt has no effect at guidance 1'):
         pipe(PROMPTS[0], **QUICK, negative='sad')
     pipe.remove_lora('my-lcm')

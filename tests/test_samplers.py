@@ -165,6 +165,19 @@ def test_other_spacings(sampler, spacing, counts, monkeypatch):
     assert max(compare(by_loop, sampler, n, monkeypatch, spacing) for n in counts) < TOLERANCE
 
 
+@pytest.mark.parametrize('n', [2, 4, 8, 14, 15, 20])
+def test_dpm_solver_pp_that_ends_at_the_smallest_noise(n, monkeypatch):
+    """With fewer than 15 steps the last is of first order, as in diffusers."""
+    z, noise = random(0, *SHAPE), random(1, n, *SHAPE)
+    times = samplers.times('dpm++', n, end=0)
+    mine = by_loop('dpm++', times, np.stack([z] * len(KINDS)), noise)
+    for kind, got in zip(KINDS, mine, strict=True):
+        scheduler = SCHEDULERS['dpm++'](prediction_type=kind, final_sigmas_type='sigma_min')
+        scheduler.set_timesteps(n)
+        want = theirs(scheduler, z, noise, monkeypatch)
+        assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
+
+
 @pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])
 def test_ddim_times_are_diffusers_at_every_spacing(spacing):
     scheduler = SCHEDULERS['ddim'](timestep_spacing=spacing)

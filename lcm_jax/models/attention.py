@@ -12,6 +12,7 @@ from lcm_jax.models.flash import flash_attention
 SMALL = 2**17
 SMALL_TPU = 2**14  # a block of its kernel
 BLOCK = 2**21
+CUDNN = 8.0  # compute capability that its fused attention needs: Ampere's
 
 
 def attend(q, k, v, *, causal=False):
@@ -66,6 +67,6 @@ def _fits_cudnn(q):
     if q.dtype not in (jnp.float16, jnp.bfloat16) or q.shape[-1] % 8 or q.shape[-1] > 128:
         return False
     try:
-        return bool(jax.devices('cuda'))
+        return all(float(x.compute_capability) >= CUDNN for x in jax.devices('cuda'))
     except RuntimeError:
         return False
