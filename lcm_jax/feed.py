@@ -49,6 +49,11 @@ def check_samples(file, name, now):
         )
 
 
+def changed(folder, since):
+    """Whether a file in a folder, a caption perhaps, was written after a time, in seconds."""
+    return any(file.stat().st_mtime > since for file in Path(folder).rglob('*'))
+
+
 def check_dtype(source, dtype):
     """InputError for a cache whose text embeddings are of another type than the run's."""
     arrays = source.encoded['arrays'] if source.encoded else {}
@@ -124,7 +129,7 @@ class Feed:
         made_of = self.made_of(name)
         check_made_of(folder / MADE_OF, made_of)
         filled = complete(folder)
-        source = self.still_there(name) if filled else self.look(key, name)
+        source = self.still_there(name, folder) if filled else self.look(key, name)
         if source:
             made_of |= {'samples': identity(source)}
             check_samples(folder / MADE_OF, name, made_of['samples'])
@@ -134,13 +139,16 @@ class Feed:
             meet('cache filled')
         return self.look(key, f'cache:{folder}')
 
-    def still_there(self, name):
+    def still_there(self, name, folder):
         """-> the Source that a complete cache was made of; None if it cannot be opened any more."""
         try:
-            return open_source(name, self.settings)
+            source = open_source(name, self.settings)
         except InputError as e:
             say(f'{e}; its cache is used as it is')
             return None
+        if name.startswith('folder:') and changed(name[7:], (folder / MADE_OF).stat().st_mtime):
+            say(f'{name} has changed since {folder} was made of it: delete that to encode it again')
+        return source
 
     def look(self, key, name):
         """Open a source of data.`key`, and say what it leaves out -> Source.

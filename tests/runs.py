@@ -40,6 +40,12 @@ MODEL = ModelSpec(  # 16 px pictures, 8 x 8 latents
     (TextSpec(width=8, layers=1, heads=2, mlp=16),),
     resolution=16,
 )
+LEVELS = {  # changes of the UNet's sizes: two levels, so that pictures change their size in it
+    'widths': (8, 16),
+    'down': ((0,), (1,)),
+    'up': ((0, 0), (0, 0)),
+    'heads': (2, 2),
+}
 SETTINGS = {  # of every run here, over configs/default.py
     'data.source': 'synthetic:40',
     'data.resolution': 16,

@@ -6,9 +6,11 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import runpy
 import shutil
+import time
 import tokenize
 import weakref
 from pathlib import Path
@@ -518,6 +520,11 @@ def test_a_cache_of_other_samples_is_refused(model, tmp_path, capsys):
         return len(opened.source)
 
     assert fed() == fed() == 9
+    assert 'has changed' not in capsys.readouterr().out
+    (pictures / '3.txt').write_text('another caption')
+    later = time.time() + 9
+    os.utime(pictures / '3.txt', (later, later))
+    assert fed() == 9 and 'cache was made of it: delete that to encode' in capsys.readouterr().out
     aside = pictures.rename(tmp_path / 'aside')
     assert fed() == 9 and 'its cache is used as it is' in capsys.readouterr().out
     aside.rename(pictures)

@@ -14,8 +14,7 @@ pytestmark = [
 @pytest.fixture(scope='module')
 def model(tmp_path_factory):
     """Of two levels, so that what changes the size of pictures is divided as well."""
-    levels = {'widths': (8, 16), 'down': ((0,), (1,)), 'up': ((0, 0), (0, 0)), 'heads': (2, 2)}
-    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny', **levels)
+    return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny', **runs.LEVELS)
 
 
 @pytest.fixture(scope='module')

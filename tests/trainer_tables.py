@@ -133,7 +133,7 @@ def main():
     parser.add_argument('out', type=Path, help='folder for the runs; what is in it is deleted')
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
-    TABLES[args.table](runs.write_tiny(args.out / 'model'), args.out)
+    TABLES[args.table](runs.write_tiny(args.out / 'model', **runs.LEVELS), args.out)
 
 
 if __name__ == '__main__':
