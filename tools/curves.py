@@ -31,20 +31,22 @@ def running_mean(values, n=9):
 def curves(workdirs, file):
     """Write the plots of the runs."""
     size = (3.2 * len(workdirs), 4.6)
-    figure, axes = plt.subplots(2, len(workdirs), figsize=size, sharex='col', squeeze=False)
+    figure, axes = plt.subplots(
+        2, len(workdirs), figsize=size, sharex='col', squeeze=False, layout='constrained'
+    )
+    lines = {}
     for workdir, (above, below) in zip(workdirs, axes.T, strict=True):
         found = read_metrics(workdir)
         steps, losses = found['loss']
         above.plot(steps, losses, color='0.8', linewidth=1)
         above.plot(steps, running_mean(losses), color='C0')
         above.set(title=Path(workdir).name, ylim=(0, None))
-        for name in MEASURED:
+        for i, name in enumerate(MEASURED):
             if name in found:
-                below.plot(*found[name], marker='.', label=name)
+                (lines[name],) = below.plot(*found[name], marker='.', color=f'C{i}')
         below.set(xlabel='step', ylim=(0, None))
-        below.legend(fontsize='small')
     axes[0][0].set_ylabel('loss')
-    figure.tight_layout()
+    figure.legend(lines.values(), lines, loc='outside lower center', ncols=len(lines))
     figure.savefig(file, dpi=110)
     print(f'wrote {file}')
 
