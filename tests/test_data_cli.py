@@ -49,7 +49,9 @@ def test_cache_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
     def encode(batch):
         return {'mean': batch['pixels'][:, ::8, ::8].astype(np.float32)}
 
-    model = types.SimpleNamespace(tokenizers=lambda: (Tokenizer.clip(),))
+    model = types.SimpleNamespace(
+        tokenizers=(Tokenizer.clip(),), encoders={}, marks=lambda parts: {}
+    )
     monkeypatch.setattr('lcm_jax.model.describe', lambda name: model)
     monkeypatch.setattr('lcm_jax.encode.encoder', lambda *args: encode)
     members = [m for i in range(4) for m in sample(f'{i}', aesthetic=i)]
