@@ -23,7 +23,7 @@ def manner(sampler, guidance, negative, *, fast, embedded, default):
     if guidance is None:
         guidance = 1 if inside else default
     if inside and guidance > 2:
-        what = 'what draws in few steps' if fast else 'the LCM sampler'
+        what = 'a few-step LoRA or model' if fast else 'the LCM sampler'
         warnings.warn(f'guidance {guidance:g} with {what} burns pictures; use 1 to 2', stacklevel=3)
     guided = guidance > 1 and not embedded
     if negative and not guided:

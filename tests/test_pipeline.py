@@ -240,7 +240,7 @@ def test_an_acceleration_lora_sets_the_defaults_and_warns(pipe, lora_file, tmp_p
         pipe(PROMPTS[0], **QUICK | {'guidance': 2})
     same = pipe(PROMPTS[0], sampler='lcm', steps=4, guidance=1.0)
     assert (pixels(fast) == pixels(same)).all()
-    with pytest.warns(UserWarning, match='guidance 7.5 with an acceleration LoRA'):
+    with pytest.warns(UserWarning, match='guidance 7.5 with a few-step LoRA or model'):
         pipe(PROMPTS[0], **QUICK | {'guidance': 7.5})
     with pytest.warns(UserWarning, match='guidance 7.5 with the LCM sampler burns'):
         manner('lcm', 7.5, None, fast=False, embedded=False, default=7.5)
