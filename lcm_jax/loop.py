@@ -7,6 +7,7 @@ state that is saved says all, and a run that was stopped goes on as if it had no
 import collections
 import itertools
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,10 +80,17 @@ def make_step(loss, tx, ema_decay=0.0, accumulate=1):
                 ema = optax.incremental_update(params, ema, 1 - decay)
             return params, ema, opt
 
-        # A branch, as in optax.apply_if_finite: to choose number by number between new and old, XLA
-        # on CPUs holds a copy of the moments from the step's start.
+        def branch(*old):
+            return jax.lax.cond(finite, updated, lambda *old: old, *old)
+
+        def select(*old):
+            return jax.tree.map(partial(jnp.where, finite), updated(*old), old)
+
+        # To choose number by number XLA on CPUs holds a copy of the moments from the step's start. A
+        # branch, as in optax.apply_if_finite, moves a third more bytes on TPUs (SD 1.5 on v5e: 71 GB
+        # against 53).
         old = state.params, state.ema, state.opt
-        kept = jax.lax.cond(finite, updated, lambda *old: old, *old)
+        kept = jax.lax.platform_dependent(*old, cpu=branch, default=select)
         metrics = {'loss': value, 'grad_norm': norm, 'finite': finite}
         return State(state.step + 1, state.skipped + ~finite, *kept), metrics
 
