@@ -35,17 +35,7 @@ def check_made_of(file, now):
         key = changed[0]
         raise InputError(
             f'{file.parent} was made with {key} = {before.get(key)!r} (now {now[key]!r}); go on with '
-            'its settings, or give another workdir'
-        )
-
-
-def check_samples(file, name, now):
-    """InputError for a cache that was made of other samples; now: `identity` of those that there are."""
-    before = json.loads(file.read_text()).get('samples', now) if file.is_file() else now
-    if before != now:
-        raise InputError(
-            f'{name} has other samples than when {file.parent} was made of it ({now["number"]}, then '
-            f'{before["number"]}; names or sizes differ): delete that folder, or give another workdir'
+            'its settings, give another workdir, or delete that folder to have it made again'
         )
 
 
@@ -126,13 +116,11 @@ class Feed:
             if source.encoded:
                 check_weights(source, self.model.marks(self.model.encoders))
             return source
-        made_of = self.made_of(name)
-        check_made_of(folder / MADE_OF, made_of)
         filled = complete(folder)
-        source = self.still_there(name, folder) if filled else self.look(key, name)
-        if source:
-            made_of |= {'samples': identity(source)}
-            check_samples(folder / MADE_OF, name, made_of['samples'])
+        source = None if filled else self.look(key, name)
+        samples = self.still_there(name, folder) if filled else self.samples[key]
+        made_of = self.made_of(name) | {f'samples.{k}': x for k, x in samples.items()}
+        check_made_of(folder / MADE_OF, made_of)
         if not filled:
             meet('cache')  # all look before one writes
             self.fill(source, folder, made_of)
@@ -140,15 +128,15 @@ class Feed:
         return self.look(key, f'cache:{folder}')
 
     def still_there(self, name, folder):
-        """-> the Source that a complete cache was made of; None if it cannot be opened any more."""
+        """-> `identity` of what a complete cache was made of; {} if it cannot be opened any more."""
         try:
             source = open_source(name, self.settings)
         except InputError as e:
             say(f'{e}; its cache is used as it is')
-            return None
+            return {}
         if name.startswith('folder:') and changed(name[7:], (folder / MADE_OF).stat().st_mtime):
             say(f'{name} has changed since {folder} was made of it: delete that to encode it again')
-        return source
+        return identity(source)
 
     def look(self, key, name):
         """Open a source of data.`key`, and say what it leaves out -> Source.
