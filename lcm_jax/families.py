@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from lcm_jax.conditioning import TEXT_ENCODERS
+from lcm_jax.distill import w_range
 from lcm_jax.errors import InputError
 from lcm_jax.models.configs import Config
 
@@ -13,6 +14,7 @@ class Family(NamedTuple):
     text_encoders: tuple[str, ...]
     guidance: float  # default without an acceleration LoRA, diffusers'
     zero_null: bool = False  # without a negative prompt: zeros, or the empty prompt's embedding
+    told: tuple[float, float] | None = None  # guidance that training told a UNet which takes it
 
 
 SD = Family(TEXT_ENCODERS[:1], 7.5)
@@ -34,13 +36,22 @@ ONLY = {'_class_name': tuple(FAMILIES), 'requires_aesthetics_score': (False,)}
 
 
 def read_family(index, source='model_index.json'):
-    """model_index.json as a dict -> Family. Raises InputError for what is not supported."""
+    """model_index.json as a dict -> Family. Raises InputError for what is not supported.
+
+    Where it says from which w to which the model was trained (a full LCM that was distilled here), the
+    default guidance is in the middle of them.
+    """
     if not index:
         raise InputError(f'no such file: {source}')
     index = Config(index, ONLY, source)
     family = FAMILIES[index['_class_name']]
     zero = index.get('force_zeros_for_empty_prompt', family.zero_null)
-    return family._replace(zero_null=bool(zero) and len(family.text_encoders) > 1)
+    family = family._replace(zero_null=bool(zero) and len(family.text_encoders) > 1)
+    ours = index.get('_lcm_jax')
+    if not isinstance(ours, dict) or 'w' not in ours:
+        return family
+    low, high = w_range(str(ours['w']))
+    return family._replace(guidance=1 + (low + high) / 2, told=(1 + low, 1 + high))
 
 
 def check_channels(unet, vae, source):

@@ -262,6 +262,7 @@ class Pipeline:
             fast=fast or self.schedule.few_steps,
             embedded=bool(self.specs['unet'].w_dim),
             default=self.family.guidance,
+            told=self.family.told,
         )
 
     def _times(self, sampler, steps, timesteps, spacing, strength):

@@ -10,12 +10,12 @@ from lcm_jax.families import takes_mask
 from lcm_jax.samplers import SAMPLERS
 
 
-def manner(sampler, guidance, negative, *, fast, embedded, default):
+def manner(sampler, guidance, negative, *, fast, embedded, default, told=None):
     """-> sampler, guidance, whether a null condition takes part; with their defaults.
 
     fast: an acceleration LoRA takes part, or the model is one for few steps; embedded: the UNet takes
-    guidance as an input; default: the model's guidance. Warns of settings that spoil pictures or have
-    no effect.
+    guidance as an input, and in training was `told` this much (from, to), if that is known; default: the
+    model's guidance. Warns of settings that spoil pictures or have no effect.
     """
     sampler = sampler or ('lcm' if fast or embedded else 'ddim')
     distilled = choose('sampler', sampler, SAMPLERS).distilled
@@ -25,6 +25,9 @@ def manner(sampler, guidance, negative, *, fast, embedded, default):
     if inside and guidance > 2:
         what = 'a few-step LoRA or model' if fast else 'the LCM sampler'
         warnings.warn(f'guidance {guidance:g} with {what} burns pictures; use 1 to 2', stacklevel=3)
+    if embedded and told and not told[0] <= guidance <= told[1]:
+        what = f'this model has learnt {told[0]:g} to {told[1]:g}'
+        warnings.warn(f'guidance {guidance:g}, but {what}', stacklevel=3)
     guided = guidance > 1 and not embedded
     if negative and not guided:
         why = (

@@ -1,6 +1,7 @@
 """Pipeline folders that the tests share, and the order of their files."""
 
 import functools
+import shutil
 
 import jax
 import numpy as np
@@ -41,6 +42,30 @@ def model(tmp_path_factory):
     import runs
 
     return runs.write_tiny(tmp_path_factory.mktemp('model') / 'tiny')
+
+
+@pytest.fixture(scope='module')
+def filled(model, quick_compiler, tmp_path_factory):
+    """A workdir that holds a cache and nothing else."""
+    import runs
+
+    workdir = tmp_path_factory.mktemp('filled')
+    runs.fill(model, workdir)
+    return workdir
+
+
+@pytest.fixture
+def cached(filled, tmp_path):
+    """A copy of it for a run."""
+    return shutil.copytree(filled, tmp_path / 'run')
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What is refused is refused before the step is compiled."""
+    from lcm_jax import train
+
+    monkeypatch.setattr(train, 'Steps', lambda *_: pytest.fail('compiled'))
 
 
 def randomise(model, seed):

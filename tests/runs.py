@@ -1,5 +1,6 @@
 """Runs of the trainer for the tests: a tiny model, a few synthetic pictures, processes to be killed."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,9 +15,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from random_model import write_model
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from lcm_jax import flags, train
+from lcm_jax import feed, flags, sharding, train
+from lcm_jax.model import describe
 from lcm_jax.models.clip import TextSpec
 from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
@@ -107,6 +109,12 @@ def run(model, workdir, **settings):
     """A run in this process; settings have '__' for '.' -> what it exports."""
     settings = {key.replace('__', '.'): value for key, value in settings.items()}
     return train.run(config(model, settings), workdir)
+
+
+def fill(model, workdir):
+    """What a run does before its first step with data.cache: encode all samples."""
+    settings = config(model, {'data.cache': True})
+    feed.Feed(describe(str(model)), settings, sharding.make_mesh(), workdir).close()
 
 
 def start(model, workdir, settings=(), devices=1, more=(), log=None, lost=None, folder=None):
@@ -238,3 +246,15 @@ def first_step(text):
     """What a run printed -> the step that it went on from last, or 0."""
     found = re.findall(r'going on from step (\d+)', text)
     return int(found[-1]) if found else 0
+
+
+@contextlib.contextmanager
+def other_weights(model, part):
+    """A component's weights are others meanwhile, in a file of the same name."""
+    (file,) = (model / part).glob('*.safetensors')
+    kept = file.rename(file.with_suffix('.kept'))
+    save_file({key: np.float32(1.01) * x for key, x in load_file(kept).items()}, file)
+    try:
+        yield
+    finally:
+        kept.replace(file)

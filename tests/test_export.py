@@ -91,6 +91,9 @@ def test_a_full_lcm_opens_here_and_in_diffusers(model, tmp_path):
     assert isinstance(theirs, diffusers.LatentConsistencyModelPipeline)
     assert theirs.unet.config.time_cond_proj_dim == 8
     assert json.loads((out / 'model_index.json').read_text())['_lcm_jax']['w'] == '2:4'
+    assert pipe.manner(None, None, None, False) == ('lcm', 4.0, False)  # guidance 1 + w
+    with pytest.warns(UserWarning, match='guidance 8.5, but this model has learnt 3 to 5'):
+        pipe.manner(None, 8.5, None, False)
     assert isinstance(theirs.scheduler, diffusers.LCMScheduler)
     prompt, noise = 'a red disc on green', np.random.default_rng(0).standard_normal((1, 4, 8, 8))
     import torch
@@ -140,7 +143,8 @@ def test_a_full_lcm_with_two_text_encoders_opens_here_and_in_diffusers(tmp_path)
     trained = student.init(None, base.load(['unet'], {'unet': jnp.float32})['unet'])
     out = export.export(tmp_path / 'out', trained, base, student, config)
     found = describe(out)
-    assert found.specs['unet'].w_dim == 8 and found.family == base.family
+    told = {'guidance': 4, 'told': (3, 5)}  # what it learnt
+    assert found.specs['unet'].w_dim == 8 and found.family == base.family._replace(**told)
     found.checkpoint.tensors('unet')
     theirs = diffusers.DiffusionPipeline.from_pretrained(out)
     assert isinstance(theirs, diffusers.StableDiffusionXLPipeline)

@@ -41,9 +41,9 @@ LAYERS = [
     lora_files.files lora_files.describe
     checkpoint scheduler families adapters draw
     request model convert step backbones
-    pipeline workloads preview feed export features cells
-    lcm_jax train lora_files.verbs judge measure sweep artist
-    evaluate
+    pipeline workloads preview run_cache export features cells
+    lcm_jax feed lora_files.verbs judge measure sweep artist
+    train evaluate
     demo lora_cli data_cli plan_cli eval_cli
     cli
 """.strip().splitlines()

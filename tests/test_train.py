@@ -6,11 +6,9 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import runpy
 import shutil
-import time
 import tokenize
 import weakref
 from pathlib import Path
@@ -23,7 +21,6 @@ import numpy as np
 import optax
 import pytest
 import runs
-from safetensors.numpy import load_file, save_file
 from sets import encoded, sample, tar_of
 
 from lcm_jax import export, feed, flags, sharding, step, train
@@ -38,12 +35,6 @@ pytestmark = [
     pytest.mark.usefixtures('quick_compiler'),
 ]
 CONFIGS = sorted(p.stem for p in runs.CONFIGS.glob('*.py') if not p.stem.startswith('eval'))
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """What is refused is refused before the step is compiled."""
-    monkeypatch.setattr(train, 'Steps', lambda *_: pytest.fail('compiled'))
 
 
 # --- the configs
@@ -219,26 +210,6 @@ def test_a_clip_of_0_is_no_limit():
 
 
 # --- steps that are left out
-
-
-def fill(model, workdir):
-    """What a run does before its first step with data.cache: encode all samples."""
-    config = runs.config(model, {'data.cache': True})
-    feed.Feed(describe(str(model)), config, sharding.make_mesh(), workdir).close()
-
-
-@pytest.fixture(scope='module')
-def filled(model, tmp_path_factory):
-    """A workdir that holds a cache and nothing else."""
-    workdir = tmp_path_factory.mktemp('filled')
-    fill(model, workdir)
-    return workdir
-
-
-@pytest.fixture
-def cached(filled, tmp_path):
-    """A copy of it for a run."""
-    return shutil.copytree(filled, tmp_path / 'run')
 
 
 @pytest.fixture
@@ -460,115 +431,17 @@ def test_a_run_says_what_its_sources_leave_out(model, tmp_path, capsys):
     assert capsys.readouterr().out == 2 * line
 
 
-# --- the cache of a run, and other data and weights than before
-
-
-@pytest.mark.parametrize(
-    'files',
-    [
-        ('part-00000-of-00001.array_record',),
-        ('part-00001-of-00002.json', 'part-00001-of-00002.npz'),
-    ],
-    ids=['one process', 'two'],
-)
-def test_a_cache_that_was_interrupted_is_filled_again(model, filled, tmp_path, files):
-    """Of one process or of several: what counts is that all parts are there."""
-    folder = tmp_path / 'cache'
-    folder.mkdir()
-    for file in files:
-        (folder / file).write_bytes(b'{}')
-    fill(model, tmp_path)
-    there, whole = (
-        {p.name: p.read_bytes() for p in f.iterdir()} for f in (folder, filled / 'cache')
-    )
-    assert there == whole
-    parts = {name.split('.')[0] for name in there if name.startswith('part-')}
-    assert parts == {'part-00000-of-00001'}
-
-
-def test_a_cache_of_something_else_is_refused(model, filled, uncompiled):
-    for changes, said in (
-        ({'data__resolution': 20}, 'data.resolution = 20: must be a multiple of 8'),
-        ({'data__source': 'synthetic:41'}, "source = 'synthetic:40' .now 'synthetic:41'"),
-        ({'data__flip': True}, 'data.flip = False .now True'),
-        (
-            {'data__source': f'cache:{filled}/cache', 'data__min_size': 9},
-            '/cache was encoded with data.min_size = 0; this run has 9: make the cache again',
-        ),
-        (
-            {'data__source': f'cache:{filled}/cache', 'dtype': 'bfloat16'},
-            "/cache: its context is float32; this run has dtype = 'bfloat16': .* --dtype bfloat16, or",
-        ),
-    ):
-        with pytest.raises(InputError, match=said):
-            runs.run(model, filled, data__cache=True, **changes)
-
-
-def test_a_cache_of_other_samples_is_refused(model, tmp_path, capsys):
-    """Of a source of the same name; one that is gone is not missed."""
-    pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
-    pictures.mkdir()
-    for i in range(9):
-        (pictures / f'{i}.png').write_bytes(encoded(size=(16, 16)))
-        (pictures / f'{i}.txt').write_text('a disc')
-    changes = {'data.cache': True, 'data.source': f'folder:{pictures}'}
-    config = runs.config(model, changes)
-
-    def fed():
-        opened = feed.Feed(describe(str(model)), config, sharding.make_mesh(), workdir)
-        opened.close()
-        return len(opened.source)
-
-    assert fed() == fed() == 9
-    assert 'has changed' not in capsys.readouterr().out
-    (pictures / '3.txt').write_text('another caption')
-    later = time.time() + 9
-    os.utime(pictures / '3.txt', (later, later))
-    assert fed() == 9 and 'cache was made of it: delete that to encode' in capsys.readouterr().out
-    aside = pictures.rename(tmp_path / 'aside')
-    assert fed() == 9 and 'its cache is used as it is' in capsys.readouterr().out
-    aside.rename(pictures)
-    (pictures / '8.png').unlink()
-    with pytest.raises(InputError, match=r'cache was made with samples\.number = 9 \(now 8\)'):
-        fed()
-
-
-def test_a_cache_of_other_encoders_is_refused(model, filled, uncompiled):
-    """As `lcm-jax data cache` writes it, too: named as a source."""
-    with other_weights(model, 'vae'), pytest.raises(InputError, match='other weights of vae than'):
-        runs.run(model, filled / 'new', data__source=f'cache:{filled}/cache')
-
-
 def test_models_for_inpainting_are_not_trained(model, tmp_path, uncompiled):
     folder = runs.write_tiny(tmp_path / 'inpainting', in_channels=9)
     with pytest.raises(InputError, match='its UNet takes 9 channels, latents have 4'):
         runs.run(folder, tmp_path / 'run')
 
 
-@contextlib.contextmanager
-def other_weights(model, part):
-    """A component's weights are others meanwhile, in a file of the same name."""
-    (file,) = (model / part).glob('*.safetensors')
-    kept = file.rename(file.with_suffix('.kept'))
-    save_file({key: np.float32(1.01) * x for key, x in load_file(kept).items()}, file)
-    try:
-        yield
-    finally:
-        kept.replace(file)
-
-
 @pytest.mark.parametrize('part', ['unet', 'vae', 'text_encoder'])
 def test_other_weights_under_the_same_name_are_refused(model, stopped, uncompiled, part):
     said = rf"holds a run with weights\.{part} = '\w+' \(now '\w+'\)"
-    with other_weights(model, part), pytest.raises(InputError, match=said):
+    with runs.other_weights(model, part), pytest.raises(InputError, match=said):
         runs.run(model, stopped, train__steps=6)
-
-
-@pytest.mark.parametrize('part', ['vae', 'text_encoder'])
-def test_a_cache_of_other_weights_is_refused(model, filled, uncompiled, part):
-    said = rf"was made with weights\.{part} = '\w+' \(now '\w+'\)"
-    with other_weights(model, part), pytest.raises(InputError, match=said):
-        runs.run(model, filled, data__cache=True)
 
 
 def test_other_samples_under_the_same_name_are_refused(model, tmp_path):

@@ -18,6 +18,7 @@ from lcm_jax.atomic import write_json
 from lcm_jax.data.files import listed, opened, reading
 from lcm_jax.data.records import UNREADABLE, check_address, reader
 from lcm_jax.data.samples import SCORES, Broken, Index, describe
+from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
 
 PART = re.compile(r'part-(\d{5})-of-(\d{5})\.json')
@@ -145,6 +146,36 @@ def parts_of(folder):
         for reason, n in head['dropped'].items():
             dropped[reason] = dropped.get(reason, 0) + n
     return stems, filled[0] | {'samples': sum(h['samples'] for h in heads), 'dropped': dropped}
+
+
+def check_fits(head, name, settings, dtype, weights):
+    """InputError for a cache, of this header and name, that a run would have made otherwise.
+
+    settings: the run's; those that act when a cache is made must be those of then, or left at their
+    default, which asks for nothing. dtype: of its text embeddings. weights: {component: what those of
+    its encoders are known by}.
+    """
+    for key, had in head.get('fixed', {}).items():
+        asked = getattr(settings, key)
+        if asked not in (had, getattr(DataSettings, key)):
+            raise InputError(
+                f'{name} was encoded with data.{key} = {had!r}; this run has {asked!r}: make the '
+                f'cache again with it (lcm-jax data cache), or leave it out here'
+            )
+    for key in ('context', 'pooled'):
+        of = head['arrays'].get(key, {'dtype': dtype})['dtype']
+        if of != dtype:
+            raise InputError(
+                f'{name}: its {key} is {of}; this run has dtype = {dtype!r}: make the cache again with '
+                f'--dtype {dtype}, or set dtype to what it has'
+            )
+    had = head.get('weights') or weights
+    others = [part for part in weights if had.get(part) != weights[part]]
+    if others:
+        raise InputError(
+            f"{name} was encoded with other weights of {', '.join(others)} than this model's: make the "
+            'cache again (lcm-jax data cache)'
+        )
 
 
 def fetch(paths, arrays, place):

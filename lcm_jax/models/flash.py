@@ -4,8 +4,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
 LANES = 128  # the kernel takes keys and queries by multiples of these
@@ -44,6 +42,10 @@ def _divide(axes, lengths):
 
 def _attention(q, k, v, *, interpret):
     """q [B,H,L,D], k and v [B,H,M,D] -> [B,H,L,D], on one device."""
+    # Here, as importing them takes half as long as JAX itself, and small pictures never come here.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     l, m = q.shape[2], k.shape[2]
     k = (k.astype(jnp.float32) * k.shape[3] ** -0.5).astype(k.dtype)  # texts have few
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES), (0, 0))) for x in (q, k, v))

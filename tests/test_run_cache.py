@@ -1,0 +1,103 @@
+"""The cache that a run makes of its data: filled once, and used for nothing else."""
+
+import os
+import time
+
+import pytest
+import runs
+from sets import encoded
+
+from lcm_jax import feed, sharding
+from lcm_jax.errors import InputError
+from lcm_jax.model import describe
+
+pytestmark = [
+    pytest.mark.filterwarnings('ignore::DeprecationWarning'),  # ml_collections' own
+    pytest.mark.usefixtures('quick_compiler'),
+]
+
+
+@pytest.mark.parametrize(
+    'files',
+    [
+        ('part-00000-of-00001.array_record',),
+        ('part-00001-of-00002.json', 'part-00001-of-00002.npz'),
+    ],
+    ids=['one process', 'two'],
+)
+def test_a_cache_that_was_interrupted_is_filled_again(model, filled, tmp_path, files):
+    """Of one process or of several: what counts is that all parts are there."""
+    folder = tmp_path / 'cache'
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_bytes(b'{}')
+    runs.fill(model, tmp_path)
+    there, whole = (
+        {p.name: p.read_bytes() for p in f.iterdir()} for f in (folder, filled / 'cache')
+    )
+    assert there == whole
+    parts = {name.split('.')[0] for name in there if name.startswith('part-')}
+    assert parts == {'part-00000-of-00001'}
+
+
+def test_a_cache_of_something_else_is_refused(model, filled, uncompiled):
+    for changes, said in (
+        ({'data__resolution': 20}, 'data.resolution = 20: must be a multiple of 8'),
+        ({'data__source': 'synthetic:41'}, "source = 'synthetic:40' .now 'synthetic:41'"),
+        ({'data__flip': True}, 'data.flip = False .now True'),
+        (
+            {'data__source': f'cache:{filled}/cache', 'data__min_size': 9},
+            '/cache was encoded with data.min_size = 0; this run has 9: make the cache again',
+        ),
+        (
+            {'data__source': f'cache:{filled}/cache', 'dtype': 'bfloat16'},
+            "/cache: its context is float32; this run has dtype = 'bfloat16': .* --dtype bfloat16, or",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            runs.run(model, filled, data__cache=True, **changes)
+
+
+def test_a_cache_of_other_samples_is_refused(model, tmp_path, capsys):
+    """Of a source of the same name; one that is gone is not missed."""
+    pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
+    pictures.mkdir()
+    for i in range(9):
+        (pictures / f'{i}.png').write_bytes(encoded(size=(16, 16)))
+        (pictures / f'{i}.txt').write_text('a disc')
+    changes = {'data.cache': True, 'data.source': f'folder:{pictures}'}
+    config = runs.config(model, changes)
+
+    def fed():
+        opened = feed.Feed(describe(str(model)), config, sharding.make_mesh(), workdir)
+        opened.close()
+        return len(opened.source)
+
+    assert fed() == fed() == 9
+    assert 'has changed' not in capsys.readouterr().out
+    (pictures / '3.txt').write_text('another caption')
+    later = time.time() + 9
+    os.utime(pictures / '3.txt', (later, later))
+    assert fed() == 9 and 'cache was made of it: delete that to encode' in capsys.readouterr().out
+    aside = pictures.rename(tmp_path / 'aside')
+    assert fed() == 9 and 'its cache is used as it is' in capsys.readouterr().out
+    aside.rename(pictures)
+    (pictures / '8.png').unlink()
+    with pytest.raises(InputError, match=r'cache was made with samples\.number = 9 \(now 8\)'):
+        fed()
+
+
+def test_a_cache_of_other_encoders_is_refused(model, filled, uncompiled):
+    """As `lcm-jax data cache` writes it, too: named as a source."""
+    with (
+        runs.other_weights(model, 'vae'),
+        pytest.raises(InputError, match='other weights of vae than'),
+    ):
+        runs.run(model, filled / 'new', data__source=f'cache:{filled}/cache')
+
+
+@pytest.mark.parametrize('part', ['vae', 'text_encoder'])
+def test_a_cache_of_other_weights_is_refused(model, filled, uncompiled, part):
+    said = rf"was made with weights\.{part} = '\w+' \(now '\w+'\)"
+    with runs.other_weights(model, part), pytest.raises(InputError, match=said):
+        runs.run(model, filled, data__cache=True)
