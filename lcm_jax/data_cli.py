@@ -56,7 +56,7 @@ def cache(args):
     from lcm_jax.data.sources import open_source
     from lcm_jax.encode import at_once, encoder
     from lcm_jax.model import describe
-    from lcm_jax.step import DTYPES
+    from lcm_jax.models.shapes import DTYPES
 
     if args.process >= args.processes:
         raise InputError(

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from lcm_jax import flags, judge, report, sharding
+from lcm_jax import flags, judge, processes, report
 from lcm_jax.artist import MADE_OF, Artist, illustrate
 from lcm_jax.atomic import whole, write_json
 from lcm_jax.cells import planned, slug
@@ -94,7 +94,7 @@ class Bench:
         kept = stem.with_name(f'{stem.name}-{self.process}of{self.processes}.npz')
         is_reference = cell == self.reference
         lacks = row is None or (is_reference and kept_pictures(kept, made) is None)
-        if any(sharding.gathered(b'1' if lacks else b'')):  # all draw, or none
+        if processes.anywhere(lacks):  # all draw, or none
             row = self.measured(cell, made, stem, kept if is_reference else None)
         if is_reference:
             self.pictures = kept_pictures(kept, made)
@@ -186,7 +186,7 @@ def captions_of(there, count, seed):
 
 def start(config, workdir, cluster):
     """`run` as a program: joins the other processes; where one fails, all end."""
-    sharding.start_distributed(**cluster)
+    processes.start_distributed(**cluster)
     with Peers():
         run(config, workdir)
 

@@ -4,7 +4,7 @@ import itertools
 from functools import partial
 from pathlib import Path
 
-from lcm_jax import sharding
+from lcm_jax import processes, sharding
 from lcm_jax.data.cache import check_fits
 from lcm_jax.data.loader import loader
 from lcm_jax.data.settings import DataSettings, check_latents
@@ -52,7 +52,7 @@ class Feed:
         for line in source.left_out():
             say(f'{source.name}: {line}')
         self.samples[key] = identity(source)
-        sharding.alike(f'data.{key} {name}', self.samples[key])
+        processes.alike(f'data.{key} {name}', self.samples[key])
         if source.encoded:
             weights = self.model.marks(self.model.encoders)
             check_fits(source.encoded, source.name, self.settings, self.config.dtype, weights)

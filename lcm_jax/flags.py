@@ -107,7 +107,7 @@ def arguments(p, argv=None):
 
 
 def settled(args, kind):
-    """What `arguments` gives -> config, workdir, cluster: keywords of `sharding.start_distributed`.
+    """What `arguments` gives -> config, workdir, cluster: keywords of `processes.start_distributed`.
 
     Raises InputError as `read`, for a config that lacks the key `kind`, and for a workdir that is no path.
     """

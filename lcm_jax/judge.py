@@ -11,7 +11,7 @@ import numpy as np
 from lcm_jax import metrics
 from lcm_jax.data.pairs import batches
 from lcm_jax.metrics import Statistics
-from lcm_jax.sharding import gathered
+from lcm_jax.processes import gathered
 from lcm_jax.tree import digest
 
 SUM = 'sum/'  # what names of sums begin with, where Statistics lie beside them

@@ -80,6 +80,7 @@ def verdict(r):
 
 def plan(args):
     from lcm_jax import chips, plan, sharding, step, workloads
+    from lcm_jax.models.shapes import DTYPES
 
     config, *_ = flags.settled(args, 'train')
     model, size = workloads.sizes_of(config.model), (config.data.resolution,) * 2
@@ -90,7 +91,7 @@ def plan(args):
     if args.program == 'train':
         program = workloads.training(step.program(*model, config, mesh), size, mesh)
     else:
-        dtypes = (step.DTYPES[config[key]] for key in ('dtype', 'vae_dtype'))
+        dtypes = (DTYPES[config[key]] for key in ('dtype', 'vae_dtype'))
         program = workloads.sampling(model, size, mesh, *dtypes)
     report = plan.report(program)
     print(show(report, f'{args.program} {config.model} at {size[0]} px on {args.topology}'))

@@ -15,6 +15,7 @@ from lcm_jax.draw import decode, to_uint8
 from lcm_jax.grid import grid
 from lcm_jax.logs import say
 from lcm_jax.models.layers import for_strips
+from lcm_jax.processes import anywhere
 
 CHANGED = 8 / 255  # a pixel differs from the base's if a channel does by more than this
 
@@ -47,16 +48,16 @@ class Preview:
         base: parameters as at step 0.
         """
         c, settings = self.config, json.dumps(self.made_of, sort_keys=True)
-        same = False
+        stale = True
         if self.file.is_file():
             with np.load(self.file) as found:
-                same = str(found.get('settings')) == settings
+                stale = str(found.get('settings')) != settings
                 self.teacher, self.base = found['teacher'], found['base']
-            if not same:
+            if stale:
                 say(
                     f'{self.file} was drawn with another model or other settings: it is drawn again'
                 )
-        if all(sharding.gathered(b'1' if same else b'')):  # all draw, or none
+        if not anywhere(stale):  # all draw, or none
             return
         self.teacher = self.draw(base, frozen, 'ddim', c.teacher_steps, c.teacher_guidance)
         self.base = self.draw(base, frozen, c.sampler, c.steps, c.guidance)

@@ -14,8 +14,8 @@ from lcm_jax.data.sources import open_source
 from lcm_jax.encode import at_once, encoder
 from lcm_jax.errors import InputError
 from lcm_jax.logs import say
+from lcm_jax.models.shapes import DTYPES
 from lcm_jax.peers import meet
-from lcm_jax.step import DTYPES
 from lcm_jax.tree import digest
 
 MADE_OF = 'made_of.json'  # in a cache's folder

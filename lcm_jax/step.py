@@ -3,11 +3,9 @@
 Built from sizes alone, so that the same step trains here and is planned for chips that are not here.
 """
 
-import dataclasses
-import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +13,13 @@ import numpy as np
 import optax
 
 from lcm_jax import loop, sharding
-from lcm_jax import lora as L
-from lcm_jax.conditioning import guidance_embedding
 from lcm_jax.distill import DISTANCES, OBJECTIVES, ODE_STEPS, Nets, Noise, draw, each, w_range
-from lcm_jax.draw import apply_unet
 from lcm_jax.encode import encoded
 from lcm_jax.errors import InputError, choose
 from lcm_jax.models import shapes
-from lcm_jax.models.layers import for_strips, in_strips
-from lcm_jax.models.unet import REMAT, UNet
-from lcm_jax.tree import map_named, named
+from lcm_jax.models.unet import REMAT
+from lcm_jax.student import STUDENTS, Student, network, samples_each, student_net, zeros
 
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}
 NULLS = {'model': None, 'empty': False, 'zeros': True}  # whether the null condition is zeros
 TARGETS = {'student': lambda params, ema: params, 'ema': lambda params, ema: ema}
 CHOICES = {  # key of a config -> what it may be
@@ -57,16 +50,6 @@ LEAST = {  # key of a config -> the least value that means something
     'train.save_every': 1,
     'train.keep': 1,
 }
-
-
-class Student(NamedTuple):
-    """What is trained: an adapter, or the UNet's own parameters."""
-
-    spec: Any  # of its UNet
-    init: Callable  # (key, base parameters) -> what is trained, float32
-    bind: Callable  # (unet, trained, base parameters) -> net, where unet(spec, params) -> net
-    alphas: dict  # of an adapter: {path: (rank, alpha)}
-    whole: bool = False  # nothing of the base is left in it
 
 
 class Program(NamedTuple):
@@ -101,9 +84,9 @@ def program(specs, family, schedule, config, mesh):
     ):
         schedule.times(sampler, steps)  # raises InputError before hours are spent
     tx, rate = optimizer(config.train)
-    base = shapes.unet_shapes(specs['unet'], DTYPES[config.dtype])
+    base = shapes.unet_shapes(specs['unet'], shapes.DTYPES[config.dtype])
     student = choose('trains', config.trains, STUDENTS)(specs['unet'], base, config)
-    frozen = {'null': without_sizes(cond_shapes(specs, 1, DTYPES[config.dtype]))}
+    frozen = {'null': without_sizes(cond_shapes(specs, 1, shapes.DTYPES[config.dtype]))}
     if objective.teacher or not student.whole:
         frozen['unet'] = base
     if not cached(config):
@@ -139,8 +122,8 @@ def check(config, objective, groups):
         part, name = key.split('.')
         if not values[part][name] >= least:
             raise InputError(f'{key} = {values[part][name]}; it must be at least {least}')
-    for key, table in (('dtype', DTYPES), ('vae_dtype', DTYPES)):
-        choose(key, config[key], table)
+    for key in ('dtype', 'vae_dtype'):
+        choose(key, config[key], shapes.DTYPES)
     for key, table in CHOICES.items():
         part, name = key.split('.')
         choose(key, values[part][name], table)
@@ -183,84 +166,6 @@ def optimizer(c):
         rate = optax.constant_schedule(c.lr)
     adam = optax.adamw(rate, b2=c.b2, weight_decay=c.weight_decay)
     return optax.chain(optax.clip_by_global_norm(c.clip or jnp.inf), adam), rate
-
-
-# --- what is trained
-
-
-def lora_student(spec, base, config):
-    """An adapter of the base's UNet, rank and alpha by path."""
-    c = config.lora
-    alphas = L.ranks(base, tuple(c.targets) or ((L.LCM_TARGETS, c.rank, c.alpha or c.rank),))
-    scales = {path: alpha / rank for path, (rank, alpha) in alphas.items()}
-
-    def init(key, params):
-        return L.init(key, base, alphas)
-
-    def bind(unet, trained, params):
-        return L.apply(unet(spec, params), trained, scales)
-
-    return Student(spec, init, bind, alphas)
-
-
-def full_student(spec, base, config):
-    """Parameters of the UNet by path, all or some; for a guided teacher with an input for its scale.
-
-    What the base lacks is always trained.
-    """
-    c = config.full
-    if OBJECTIVES[config.objective].teacher and not spec.w_dim:
-        spec = dataclasses.replace(spec, w_dim=c.w_dim)
-    tree = shapes.unet_shapes(spec, DTYPES[config.dtype])
-    taken = {path: x for path, x in named(tree) if re.fullmatch(c.trainable, path)}
-    if not taken:
-        raise InputError(f'no parameter matches full.trainable = {c.trainable!r}')
-    there = dict(named(base))
-    taken |= {path: x for path, x in named(tree) if path not in there}
-
-    def init(key, params):
-        have = dict(named(params))  # all but the new input, which starts without effect
-        return {
-            path: jnp.array(have[path], jnp.float32) if path in have else zeros(x, jnp.float32)
-            for path, x in taken.items()
-        }
-
-    def bind(unet, trained, params):
-        rest = dict(named(params))
-        return unet(
-            spec, map_named(lambda path, x: trained.get(path, rest.get(path)).astype(x.dtype), tree)
-        )
-
-    return Student(spec, init, bind, {}, whole=len(taken) == len(named(tree)))
-
-
-STUDENTS = {'lora': lora_student, 'full': full_student}
-
-
-def student_net(student, unet, trained, frozen, w=None):
-    """-> net(z, t, **cond) of the student; w [B]: what a w-conditioned one is told."""
-    net = student.bind(unet, trained, frozen.get('unet', {}))
-    if not student.spec.w_dim:
-        return net
-    embedded = guidance_embedding(w, student.spec.w_dim)
-    return lambda z, t, **cond: net(z, t, w=embedded, **cond)
-
-
-def network(spec, params, mesh, remat='none'):
-    """The UNet with these parameters as net(z, t, **cond); in strips on TPUs."""
-
-    def net(z, t, **cond):
-        def run(z):
-            return apply_unet(UNet(spec, remat), params, z, t, **cond)
-
-        return in_strips(run, z, spec.factor, samples_each(len(z), mesh))
-
-    return net
-
-
-def samples_each(n, mesh):
-    """`for_strips` of each device's part of n samples."""
-    return for_strips(max(1, n // sharding.groups(mesh)), mesh.devices.flat[0].platform)
 
 
 # --- what is computed
@@ -316,10 +221,6 @@ def latents(batch, keys, scaling):
 # --- shapes
 
 
-def zeros(x, dtype=None):
-    return jnp.zeros(x.shape, dtype or x.dtype)
-
-
 def cond_shapes(specs, n, dtype):
     """The condition of n samples, as ShapeDtypeStructs."""
     unet, length = specs['unet'], specs['text_encoder'].length
@@ -337,8 +238,10 @@ def without_sizes(cond):
 
 def encoder_shapes(specs, family, config):
     """The parameters of the VAE and the text encoders."""
-    text = {p: shapes.text_shapes(specs[p], DTYPES[config.dtype]) for p in family.text_encoders}
-    return text | {'vae': shapes.vae_shapes(specs['vae'], DTYPES[config.vae_dtype])}
+    text = {
+        p: shapes.text_shapes(specs[p], shapes.DTYPES[config.dtype]) for p in family.text_encoders
+    }
+    return text | {'vae': shapes.vae_shapes(specs['vae'], shapes.DTYPES[config.vae_dtype])}
 
 
 def batch_shapes(specs, family, config, mesh, size):
@@ -351,7 +254,7 @@ def batch_shapes(specs, family, config, mesh, size):
     out = {'row': array(dtype=jnp.int32), 'sizes': array(6)}
     if cached(config):
         grid = (side // vae.factor for side in size)
-        out |= cond_shapes(specs, n, DTYPES[config.dtype])
+        out |= cond_shapes(specs, n, shapes.DTYPES[config.dtype])
         out |= dict.fromkeys(('mean', 'logvar'), array(*grid, vae.latent_channels))
     else:
         length = specs['text_encoder'].length

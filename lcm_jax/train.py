@@ -18,17 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcm_jax import aot, flags, loop, sharding
+from lcm_jax import aot, flags, loop, processes, sharding
 from lcm_jax.conditioning import encode_text, micro_conditioning
 from lcm_jax.export import check_name, export
 from lcm_jax.feed import Feed
 from lcm_jax.flops import flops
 from lcm_jax.logs import Meter, Writer, say, summary
 from lcm_jax.model import describe
+from lcm_jax.models.shapes import DTYPES
 from lcm_jax.peers import Peers, meet
 from lcm_jax.preview import Preview
 from lcm_jax.saves import Saves, flat, on_host
-from lcm_jax.step import DTYPES, NULLS, program
+from lcm_jax.step import NULLS, program
 from lcm_jax.stop import Stop
 
 OWN = 'data.threads', 'data.workers'  # settings that each process may have its own of
@@ -44,7 +45,7 @@ def run(config, workdir):
     check_name(config.export.name)
     model = describe(config.model)
     recipe = config.to_dict() | {'weights': model.marks(model.specs)}
-    sharding.alike('settings', {k: x for k, x in flat(recipe).items() if k not in OWN})
+    processes.alike('settings', {k: x for k, x in flat(recipe).items() if k not in OWN})
     mesh = sharding.make_mesh(**{k: config.mesh[k] for k in ('data', 'fsdp', 'tensor', 'dcn')})
     prog = program(model.specs, model.family, model.schedule, config, mesh)
     for tokenizer in model.tokenizers:
@@ -209,7 +210,7 @@ class Outputs:
         self.config, self.model, self.prog, self.preview = config, model, prog, preview
         self.saves, self.writer, self.workdir, self.key = saves, writer, workdir, step.key
         there = any(workdir.glob(f'{config.export.name}_best*'))  # the name may have changed
-        if not any(sharding.gathered(b'1' if there else b'')):
+        if not processes.anywhere(there):
             saves.best = math.inf
         self.held = feed.validation()
         self.loss = jax.jit(prog.loss, out_shardings=step.whole)
@@ -248,7 +249,7 @@ class Outputs:
 
 def start(config, workdir, cluster):
     """`run` as a program: joins the other processes; after SIGTERM the status is 143."""
-    sharding.start_distributed(**cluster)
+    processes.start_distributed(**cluster)
     try:
         with Peers(expected=(loop.Stopped,)):
             run(config, workdir)

@@ -13,13 +13,14 @@ import tiny
 from random_model import write_model
 from safetensors.numpy import load_file, save_file
 
-from lcm_jax import export, step, train
+from lcm_jax import export, train
 from lcm_jax.errors import InputError
 from lcm_jax.lora import delta
 from lcm_jax.lora_files.files import read_lora
 from lcm_jax.model import describe
 from lcm_jax.models import shapes
 from lcm_jax.pipeline import Pipeline
+from lcm_jax.student import full_student
 
 pytestmark = [
     pytest.mark.filterwarnings('ignore::DeprecationWarning'),  # ml_collections' own
@@ -139,7 +140,7 @@ def test_a_full_lcm_with_two_text_encoders_opens_here_and_in_diffusers(tmp_path)
     settings = {'trains': 'full', 'full.w_dim': 8}
     config = runs.config(tmp_path / 'xl', settings)
     base = describe(tmp_path / 'xl')
-    student = step.full_student(base.specs['unet'], shapes.unet_shapes(base.specs['unet']), config)
+    student = full_student(base.specs['unet'], shapes.unet_shapes(base.specs['unet']), config)
     trained = student.init(None, base.load(['unet'], {'unet': jnp.float32})['unet'])
     out = export.export(tmp_path / 'out', trained, base, student, config)
     found = describe(out)

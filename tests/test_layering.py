@@ -27,6 +27,7 @@ LAYERS = [
     data.records
     data.cache
     data.sources
+    processes
     sharding
     weights lora samplers plan models.layers
     models.clip models.unet models.vae models.inception models.lpips
@@ -40,7 +41,8 @@ LAYERS = [
     single lora_files.methods lora_files.programs
     lora_files.files lora_files.describe
     checkpoint scheduler families adapters draw
-    request model convert step backbones
+    request model convert student backbones
+    step
     pipeline workloads preview run_cache export features cells
     lcm_jax feed lora_files.verbs judge measure sweep artist
     train evaluate

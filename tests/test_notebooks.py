@@ -14,11 +14,9 @@ from run_notebooks import execute
 
 FOLDER = Path(__file__).parents[1] / 'notebooks'
 NAMES = sorted(file.stem for file in FOLDER.glob('*.ipynb'))
-QUICK = {
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-    'JAX_PLATFORMS': 'cpu',
-    'LCM_JAX_NOTEBOOK_STEPS': '4',
-}
+CPU = {'JAX_PLATFORMS': 'cpu'}
+FEW_STEPS = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'LCM_JAX_NOTEBOOK_STEPS': '4'}
+ENVIRONMENTS = {'distill': CPU | FEW_STEPS}  # the others draw more than they compile
 SIZE = 600_000  # bytes, pictures included
 PATH = re.compile(r'(?<![\w:/.)\]])/[a-zA-Z]\w*/|[A-Z]:\\')  # absolute; not of an address
 
@@ -26,12 +24,14 @@ PATH = re.compile(r'(?<![\w:/.)\]])/[a-zA-Z]\w*/|[A-Z]:\\')  # absolute; not of 
 @pytest.fixture(scope='module')
 def running(tmp_path_factory):
     """Name -> Future of the executed notebook; all at once, as compiling keeps one core busy."""
-    with pytest.MonkeyPatch.context() as patch, concurrent.futures.ThreadPoolExecutor() as pool:
-        for key, value in QUICK.items():
-            patch.setenv(key, value)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
         yield {
             name: pool.submit(
-                execute, FOLDER / f'{name}.ipynb', tmp_path_factory.mktemp(name), timeout=600
+                execute,
+                FOLDER / f'{name}.ipynb',
+                tmp_path_factory.mktemp(name),
+                timeout=600,
+                env=ENVIRONMENTS.get(name, CPU),
             )
             for name in NAMES
         }

@@ -1,6 +1,5 @@
 """Mesh, rules and batches, on eight devices that one CPU stands in for."""
 
-import json
 import os
 import subprocess
 import sys
@@ -122,64 +121,6 @@ def test_fsdp_divides_nearly_everything(name):
             for (_, x), (_, place) in zip(named(tree), named(places), strict=True)
         )
         assert held < 1.01 / len(devices) * sum(x.size for _, x in named(tree))
-
-
-@pytest.mark.parametrize(
-    ('environment', 'name'),
-    [
-        ({}, None),
-        ({'SLURM_NTASKS': '1', 'TPU_WORKER_HOSTNAMES': 'localhost'}, None),
-        ({'TPU_WORKER_HOSTNAMES': 'WARNING: could not determine, please set it'}, None),
-        ({'TPU_WORKER_HOSTNAMES': 'a,b'}, 'TPU hosts'),
-        ({'MEGASCALE_COORDINATOR_ADDRESS': 'a'}, 'TPU slices'),
-        ({'SLURM_NTASKS': '2'}, None),  # a shell of sbatch or salloc
-        ({'SLURM_NTASKS': '2', 'SLURM_STEP_NODELIST': 'n[1-2]'}, 'Slurm'),
-        ({'OMPI_COMM_WORLD_SIZE': '2'}, 'Open MPI'),
-    ],
-)
-def test_clusters(environment, name):
-    assert sharding.cluster(environment) == name
-
-
-def test_start_distributed(monkeypatch):
-    calls = []
-    monkeypatch.setattr(jax.distributed, 'initialize', lambda *args: calls.append(args))
-    monkeypatch.setattr(sharding, 'cluster', lambda: None)
-    sharding.start_distributed()
-    assert not calls
-    for given in (('a:1', 2, None), ('a:1', 2, 2), (None, 2, 0)):
-        with pytest.raises(InputError):
-            sharding.start_distributed(*given)
-    sharding.start_distributed('a:1', 2, 1)
-    sharding.start_distributed('auto')
-    monkeypatch.setattr(sharding, 'cluster', lambda: 'Slurm')
-    sharding.start_distributed()
-    monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
-    sharding.start_distributed()
-    assert calls == [('a:1', 2, 1), (), ()]
-
-
-def test_what_all_processes_must_have_alike(monkeypatch):
-    def others(*said):
-        rows = [json.dumps(x).encode() for x in said]
-        monkeypatch.setattr(sharding, 'gathered', lambda blob: [blob, *rows])
-
-    mine = {'train.lr': 0.1, 'data.seed': 0, 'preview.prompts': ('a', 'b')}
-    others(mine, mine)
-    sharding.alike('settings', mine)
-    others(mine, mine | {'data.seed': 1}, mine, *5 * [mine | {'train.lr': 0.2}])
-    with pytest.raises(InputError) as e:
-        sharding.alike('settings', mine)
-    assert str(e.value).startswith(
-        'settings: not the same in all processes: '
-        'train.lr = 0.1 in processes 0, 1, 2, 3, 0.2 in processes 4, 5, 6, 7 and 1 more; '
-        'data.seed = 0 in processes 0, 1, 3, 4 and 4 more, 1 in process 2; start all'
-    )
-    others({'data.seed': 0})
-    with pytest.raises(
-        InputError, match=r'train\.lr = 0\.1 in process 0, None in process 1; preview'
-    ):
-        sharding.alike('settings', mine)
 
 
 if __name__ == '__main__':

@@ -22,10 +22,11 @@ METADATA = {
 }
 
 
-def execute(file, folder, timeout=None):
+def execute(file, folder, timeout=None, env=None):
     """A notebook file, executed in `folder` -> notebook with its outputs.
 
-    timeout: seconds for a cell. Raises nbclient's CellExecutionError where a cell fails.
+    timeout: seconds for a cell; env: variables besides those of this process. Raises nbclient's
+    CellExecutionError where a cell fails.
     """
     notebook = nbformat.read(file, as_version=4)
     client = NotebookClient(
@@ -36,7 +37,7 @@ def execute(file, folder, timeout=None):
         record_timing=False,
         resources={'metadata': {'path': str(folder)}},
     )
-    client.execute()
+    client.execute(env=os.environ | (env or {}))
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         for output in cell.get('outputs', ()):

@@ -101,22 +101,36 @@ def _counted(module):
     return None
 
 
+def left_by_diffusers(found):
+    """`files.locate`'s result -> the modules (component, module) that diffusers leaves, rightly named or not.
+
+    Those with a tensor that it does not know; of kohya's names, nothing is loaded if there is one. And
+    in the UNet's keys some dialects hide others.
+    """
+    dialects_of = {
+        key: {part.dialect for part, _ in roles.values()} for key, roles in found.items()
+    }
+    strange = {key for key, roles in found.items() if not roles.keys() <= {'down', 'up', 'alpha'}}
+    if any(dialects_of[key] & {'kohya', 'kohya-sgm'} for key in strange):
+        return {*found}
+    unet = [key for key in found if key[0] == 'unet']
+    there = set().union(*(dialects_of[key] for key in unet))
+    hidden = {other for dialect in there for other in HIDES.get(dialect, ())}
+    return strange | {key for key in unet if dialects_of[key] & hidden}
+
+
+HIDES = {'peft': ('diffusers', 'diffusers-old'), 'kohya': ('kohya-sgm',)}  # by diffusers
+
+
 class Program(NamedTuple):
     """How a program reads a LoRA file."""
 
     rule: Callable  # (component, {component: modules}) -> pairs of a stem and its module
-    roles: frozenset | None = None  # tensors that it knows; None: all of ours
-    masks: tuple = ()  # (a dialect, those that it hides where both are in the UNet's keys)
-    strict: tuple = ()  # dialects of which it loads nothing if there is one tensor it does not know
+    left: Callable = lambda found: set()  # `files.locate`'s result -> what it leaves besides
 
 
 PROGRAMS = {
-    'diffusers': Program(
-        diffusers,
-        frozenset({'down', 'up', 'alpha'}),
-        (('peft', ('diffusers', 'diffusers-old')), ('kohya', ('kohya-sgm',))),
-        ('kohya', 'kohya-sgm'),
-    ),
+    'diffusers': Program(diffusers, left_by_diffusers),
     'comfyui': Program(comfyui),
     'a1111': Program(a1111),
 }
@@ -124,24 +138,13 @@ PROGRAMS = {
 
 def dropped(program, found, spots):
     """A program's name, `files.locate`'s result, the model's modules -> what the program drops."""
-    rule, known, masks, strict = PROGRAMS[program]
+    rule, left = PROGRAMS[program]
     loads = {(part, *pair) for part in spots for pair in rule(part, spots)}
-    there = {p.dialect for (c, _), roles in found.items() if c == 'unet' for p, _ in roles.values()}
-    hidden = {other for dialect, others in masks if dialect in there for other in others}
-
-    def strange(roles):
-        return known is not None and not roles.keys() <= known
-
-    refused = any(
-        strange(roles) and any(part.dialect in strict for part, _ in roles.values())
-        for roles in found.values()
-    )
+    left = left(found)
 
     def loaded(component, module, roles):
-        return not (refused or strange(roles)) and all(
-            (component, part.stem, module) in loads
-            and not (component == 'unet' and part.dialect in hidden)
-            for part, _ in roles.values()
+        return (component, module) not in left and all(
+            (component, part.stem, module) in loads for part, _ in roles.values()
         )
 
     return [f'{c} {module}' for (c, module), roles in found.items() if not loaded(c, module, roles)]

@@ -15,6 +15,8 @@ from lcm_jax.models.lpips import Trunk
 from lcm_jax.models.tiny import autoencoder
 from lcm_jax.models.unet import UNet
 
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16}  # as configs name them
+
 
 def abstract(module, *args, dtype=jnp.float32, **kwargs):
     """The parameters that `module.init(key, *args, **kwargs)` would make, as shapes of `dtype`."""
