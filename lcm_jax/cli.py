@@ -42,7 +42,8 @@ def sample(args):
     from lcm_jax.pipeline import Pipeline
 
     loras = [term(text) for text in args.lora]
-    image, mask = (file and read_picture(file) for file in (args.image, args.mask))
+    image = args.image and read_picture(args.image)
+    mask = args.mask and read_picture(args.mask, 'black')  # what is transparent is kept
     pipe = Pipeline.load(
         args.model,
         args.dtype,
@@ -57,12 +58,12 @@ def sample(args):
     print(f'wrote {args.out}')
 
 
-def read_picture(file):
+def read_picture(file, ground='white'):
     """A picture file -> PIL image, as training would see it. Raises InputError if it cannot be read."""
     from lcm_jax.data.samples import FORMATS, Broken, decode
 
     try:
-        return decode(Path(file).read_bytes())
+        return decode(Path(file).read_bytes(), ground)
     except OSError as e:
         raise InputError(f'cannot read the picture {file}: {e.strerror or e}') from e
     except Broken as e:

@@ -250,8 +250,8 @@ class Pipeline:
             guidance,
             pure,
         )
-        check_finite(finite[:n], self.params)
-        return images.pictures(drawn[:n])
+        check_finite(np.asarray(finite)[:n], self.params)
+        return images.pictures(np.asarray(drawn)[:n])
 
     def manner(self, sampler, guidance, negative, fast):
         """`request.manner` of this model; fast: whether an acceleration LoRA takes part."""
@@ -270,6 +270,8 @@ class Pipeline:
         if timesteps is None:
             steps = samplers.SAMPLERS[sampler].steps if steps is None else steps
             return steps, self.schedule.times(sampler, steps, spacing, strength)
+        if spacing is not None:
+            raise InputError(f'spacing {spacing!r} beside timesteps; leave one of them out')
         times = self.schedule.custom_times(sampler, timesteps, steps)
         return len(times) - 1, times
 

@@ -22,6 +22,8 @@ def manner(sampler, guidance, negative, *, fast, embedded, default, told=None):
     inside = (fast or distilled) and not embedded  # guidance is in the weights already
     if guidance is None:
         guidance = 1 if inside else default
+    if not 0 <= guidance < float('inf'):
+        raise InputError(f'guidance = {guidance}; a number of 0 or more (up to 1: none)')
     if inside and guidance > 2:
         what = 'a few-step LoRA or model' if fast else 'the LCM sampler'
         warnings.warn(f'guidance {guidance:g} with {what} burns pictures; use 1 to 2', stacklevel=3)

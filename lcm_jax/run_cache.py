@@ -72,7 +72,7 @@ def still_there(name, settings, folder):
 
 def changed(folder, since):
     """Whether a file in a folder, a caption perhaps, was written after a time, in seconds."""
-    return any(file.stat().st_mtime > since for file in Path(folder).rglob('*'))
+    return any(file.lstat().st_mtime > since for file in Path(folder).rglob('*'))
 
 
 def check_made_of(file, now):

@@ -194,13 +194,13 @@ def times(sampler, n, total=1000, spacing=None, *, offset=1, end=None, strength=
     row = choose('sampler', sampler, SAMPLERS)
     spacing = spacing or row.spacing
     points = choose('spacing', spacing, SPACINGS)
-    most = DISTILLED_STEPS if spacing == 'lcm' else total - 1
+    # `trailing` and `lcm` have no point at the clean end that could be dropped.
+    drop = row.drop if spacing in ('leading', 'linspace') else 0
+    most = DISTILLED_STEPS if spacing == 'lcm' else total - 1 - drop * (spacing == 'leading')
     if not (isinstance(n, (int, np.integer)) and 1 <= n <= most):
         raise InputError(f'steps = {n!r}; {sampler} takes a whole number from 1 to {most}')
     if not 0 < strength <= 1:
         raise InputError(f'strength = {strength}; a number above 0, at most 1')
-    # `trailing` and `lcm` have no point at the clean end that could be dropped.
-    drop = row.drop if spacing in ('leading', 'linspace') else 0
     extra = {'leading': {'offset': offset}, 'lcm': {'strength': strength}}.get(spacing, {})
     chosen = points(n + drop, total, **extra)[:n]
     if spacing != 'lcm':

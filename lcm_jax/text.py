@@ -66,8 +66,15 @@ class Tokenizer:
             return {p.name: p.read_text(encoding='utf-8') for p in Path(folder).iterdir()}
 
     def cut(self, prompts):
-        """[B] str -> ids [B,length] int32, cut where they are too long, and lengths [B] before that."""
-        read = self.tokenizer(list(prompts), verbose=False).input_ids
+        """[B] str -> ids [B,length] int32, cut where they are too long, and lengths [B] before that.
+
+        Raises InputError for what is no text.
+        """
+        prompts = list(prompts)
+        for prompt in prompts:
+            if not isinstance(prompt, str) or not is_text(prompt):
+                raise InputError(f'a prompt is {prompt!r}; it must be one text, in valid Unicode')
+        read = self.tokenizer(prompts, verbose=False).input_ids
         out = np.full((len(read), self.length), self.tokenizer.pad_token_id, np.int32)
         for row, ids in zip(out, read, strict=True):
             kept = ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]
@@ -95,6 +102,15 @@ class Tokenizer:
                     f'model takes at most {self.length}: {prompt!r}'
                 )
         return out
+
+
+def is_text(text):
+    """Whether a str is valid Unicode, without halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeError:
+        return False
+    return True
 
 
 @functools.cache

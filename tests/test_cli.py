@@ -138,6 +138,7 @@ def test_pictures_are_read_as_in_training(tmp_path):
     Image.new('RGBA', (2, 3), (255, 0, 0, 0)).save(file, exif=exif)
     picture = cli.read_picture(file)
     assert picture.size == (3, 2) and picture.getcolors() == [(6, (255, 255, 255))]
+    assert cli.read_picture(file, 'black').getcolors() == [(6, (0, 0, 0))]  # a mask
     Image.new('I;16', (1, 1), 0x4000).save(file)
     assert cli.read_picture(file).getpixel((0, 0)) == (0x40,) * 3
 

@@ -528,6 +528,8 @@ def test_half_precision_draws_finite_pictures(both):
             '6 LCM steps; at most 5 at strength 0.1',
         ),
         ('sd', {**IMAGE, 'timesteps': [500]}, 'strength = 0.7 beside timesteps'),
+        ('sd', {'timesteps': [500], 'spacing': 'trailing'}, "spacing 'trailing' beside timesteps"),
+        ('sd', {'guidance': float('nan')}, 'guidance = nan; a number of 0 or more'),
         ('sd', {'mask': blob()}, 'a mask without an image'),
         ('sd', {'image': 'cat.png'}, 'image is a str; give a PIL image'),
         ('sd', {'image': [picture(0)] * 3}, '3 images for 2 prompts'),

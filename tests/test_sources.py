@@ -333,3 +333,19 @@ def test_the_shipped_set():
 def test_pixel_range():
     for x in (signed(np.uint8([0, 255])), signed(jnp.uint8([0, 255]))):
         assert x.dtype == np.float32 and x.tolist() == [-1.0, 1.0]
+
+
+def test_hidden_members_and_odd_metadata_cost_no_sample(tmp_path):
+    """._0.png is what macOS adds; numbers may be any that JSON allows."""
+    odd = {'width': 10**400, 'height': float('inf'), 'pwatermark': 10**400}
+    members = [
+        ('._0.png', b'resource fork'),
+        *sample('0', caption='\ufeffa cat', **odd),
+        ('README', b'of the set'),
+        ('1.png', encoded()),
+        ('._1.json', b'resource fork'),
+        ('1.json', b'{"text": null, "caption": "a dog"}'),
+    ]
+    source = open_source(f'wds:{tar_of(tmp_path / "x.tar", members)}', DataSettings())
+    assert [source.read(i).captions for i in range(len(source))] == [('a cat',), ('a dog',)]
+    assert source.sizes.tolist() == [[4, 6]] * 2 and not source.broken

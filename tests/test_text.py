@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from lcm_jax.errors import InputError
 from lcm_jax.text import MERGES, Tokenizer, vocabulary
 
 IDS = {  # of openai/clip-vit-large-patch14
@@ -56,3 +57,9 @@ def test_saved_and_read_by_us_and_by_transformers(clip, tmp_path):
     assert json.loads((tmp_path / 'vocab.json').read_text()) == vocabulary()[0]
     assert (tmp_path / 'merges.txt').read_bytes() == gzip.decompress(MERGES.read_bytes())
     np.testing.assert_array_equal(Tokenizer(tmp_path)(prompts), clip(prompts))
+
+
+@pytest.mark.parametrize('prompt', [['red', 'sad'], 'caf\udce9', None])
+def test_what_is_no_text_is_refused(clip, prompt):
+    with pytest.raises(InputError, match='must be one text, in valid Unicode'):
+        clip([prompt])

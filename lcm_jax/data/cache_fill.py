@@ -66,6 +66,8 @@ def write_cache(
             broken.add(fault[0], name, fault[1])
             broken.check(source.name, len(numbers) - len(broken), settings.max_dropped)
             continue
+        if settings.workers:  # theirs is shared memory, of which a process may hold so much
+            arrays = {key: np.array(x) for key, x in arrays.items()}
         waiting[bucket].append((i, name, source.size(i), arrays))
         if len(waiting[bucket]) == batch:
             flush(bucket)

@@ -18,7 +18,7 @@ from lcm_jax.atomic import whole
 from lcm_jax.data.samples import Broken, Index, describe
 from lcm_jax.errors import InputError
 
-VERSION = 2  # of the kept indexes
+VERSION = 3  # of the kept indexes
 KEEP_AFTER = 1.0  # seconds that an index must have taken to be worth keeping
 LISTS = ('names', 'broken', 'cut', 'repeats', 'files')  # columns that are no arrays
 CHANGES = ('size', 'mtime', 'etag', 'ETag', 'LastModified', 'updated', 'created')

@@ -1,6 +1,9 @@
 """Sources -> batches, by grain: deterministic, and resumable at any step."""
 
+import multiprocessing
+import os
 import signal
+import threading
 from typing import NamedTuple
 
 import grain
@@ -189,8 +192,17 @@ def loader(source, tokenizers, settings, *, batch, rows=None, start=0):
 
 
 def deaf(*_):
-    """A worker reads on after SIGTERM, which goes to all of a job: the run ends it when it has saved."""
+    """A worker reads on after SIGTERM, which goes to all of a job: the run ends it when it has saved.
+
+    It ends with the run itself, however that ends.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def iterate(function, numbers, settings):

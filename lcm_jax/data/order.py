@@ -13,9 +13,10 @@ class Order:
     """order(step) -> (bucket, ids [batch]).
 
     groups: the sample ids of each bucket, none empty (one bucket: one group); batch: samples a step.
-    Every bucket is an endless row of fresh permutations of its samples, cut into batches, so after
-    each epoch every sample has been seen equally often, whatever the batch; the batches of one epoch
-    come in random order. Nothing else enters: a run resumes by asking for a later step, and any
+    Every bucket is an endless row of fresh permutations of its samples, cut into batches, so in the
+    long run every sample is seen equally often, whatever the batch: one bucket's after each epoch, while
+    one that is smaller than a batch waits until it fills one. The batches of one epoch come in random
+    order. Nothing else enters: a run resumes by asking for a later step, and any
     process can ask for any row. Raises InputError if the batch exceeds all samples.
     """
 

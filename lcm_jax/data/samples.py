@@ -109,12 +109,15 @@ def row(name, place, picture, parts, meta, caption):
 
 def pair(meta, *keys):
     values = tuple(number(meta.get(key)) for key in keys)
-    return tuple(map(int, values)) if all(v >= 1 for v in values) else None
+    return tuple(map(int, values)) if all(1 <= v < 2**31 for v in values) else None
 
 
 def number(value):
     """A number of a JSON file -> float; nan if it is none."""
-    return float(value) if isinstance(value, (int, float, np.number)) else np.nan
+    try:
+        return float(value) if isinstance(value, (int, float, np.number)) else np.nan
+    except OverflowError:  # of hundreds of digits
+        return np.nan
 
 
 def captions_of(field, parts, meta):
@@ -125,7 +128,9 @@ def captions_of(field, parts, meta):
     Raises Broken.
     """
     names = (field, 'text', 'caption', 'captions') if field == 'txt' else (field,)
-    found = next((x[name] for x in (parts, meta) for name in names if name in x), None)
+    found = next(
+        (x[name] for x in (parts, meta) for name in names if x.get(name) is not None), None
+    )
     if found is None:
         raise Broken('no caption', f'no {field!r} among {", ".join([*parts, *meta]) or "nothing"}')
     try:
@@ -143,7 +148,7 @@ def strings(value):
     if isinstance(value, str):
         yield value
     elif isinstance(value, bytes):
-        yield value.decode()
+        yield value.decode('utf-8-sig')  # without a byte order mark
     elif isinstance(value, dict):
         yield from strings(value.get('text', value.get('raw', ())))
     elif isinstance(value, (list, tuple, np.ndarray)):
@@ -177,8 +182,8 @@ def orientation(picture):
     return said if isinstance(said, int) and 1 <= said <= 8 else 1
 
 
-def decode(picture):
-    """Raw.picture -> PIL image, RGB, upright, on white where it is transparent. Raises Broken."""
+def decode(picture, ground='white'):
+    """Raw.picture -> PIL image, RGB, upright, on that ground where it is transparent. Raises Broken."""
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[2] not in (1, 3):
             raise Broken('picture cannot be read', f'shape {picture.shape}')
@@ -190,7 +195,7 @@ def decode(picture):
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if 'A' in image.getbands() or 'transparency' in image.info:
             image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+            image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
         return image.convert('RGB')
     except Exception as e:  # as above
         raise Broken('picture cannot be read', describe(e)) from e

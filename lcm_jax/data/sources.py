@@ -101,6 +101,7 @@ def open_source(name, settings, model=None):
     broken.check(name, len(index.names), settings.max_dropped)
     if not len(ids):
         why = f'the filters drop all {len(filtered)}: {filtered}' if filtered else 'it is empty'
+        why = f'all {len(broken)} are broken: {broken}' if broken and not filtered else why
         raise InputError(f'{name}: no samples; {why}')
     return source
 

@@ -71,6 +71,8 @@ def grouped(file):
             folder, slash, name = member.name.rpartition('/')
             stem, _, extension = name.partition('.')
             extension = extension.lower()
+            if not stem or not extension:  # hidden files, such as ._0.jpg of macOS, and README
+                continue
             if members and (folder + slash + stem != key or extension in members):
                 yield key, members
                 members = {}
@@ -107,7 +109,7 @@ def metadata(text):
         meta = json.loads(text)
         if not isinstance(meta, dict):
             raise ValueError(f'a {type(meta).__name__}, not an object')
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise Broken('JSON cannot be read', describe(e)) from e
     return meta
 
@@ -120,8 +122,12 @@ class Window(io.RawIOBase):
 
     def read(self, n=-1):
         left = self.size - self.at
-        self.file.seek(self.start + self.at)
-        got = self.file.read(left if n is None or n < 0 else min(n, left))
+        try:
+            self.file.seek(self.start + self.at)
+            got = self.file.read(left if n is None or n < 0 else min(n, left))
+        except OSError as e:  # of a mounted disk, perhaps: it says nothing about the picture
+            name = getattr(self.file, 'name', 'a tar')
+            raise InputError(f'{name} cannot be read now: {describe(e)}') from e
         self.at += len(got)
         return got
 
