@@ -226,7 +226,7 @@ def places(described):
 
 def layout_for(described):
     """{component: config} -> the layout's name that other programs expect of such a model."""
-    if 'text_encoder_2' in described or 'addition_embed_type' in described.get('unet', {}):
+    if 'text_encoder_2' in described or described.get('unet', {}).get('addition_embed_type'):
         return SDXL
     return SD2 if described.get('text_encoder', {}).get('hidden_act') == 'gelu' else SD1
 

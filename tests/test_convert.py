@@ -10,6 +10,7 @@ import pytest
 import tiny
 from diffusers import LCMScheduler, StableDiffusionPipeline
 
+from lcm_jax import single
 from lcm_jax.checkpoint import open_model
 from lcm_jax.convert import FORMS, convert
 from lcm_jax.errors import InputError
@@ -323,3 +324,11 @@ def test_a_lora_that_does_not_fit_leaves_nothing(random_folder, tmp_path):
     with pytest.raises(InputError, match=r'lcm_lora\.safetensors'):
         convert(random_folder, tmp_path / 'out.safetensors', loras=[(LORAS['lcm'], 1.0)])
     assert not any(tmp_path.iterdir())
+
+
+def test_a_null_key_of_diffusers_makes_no_sdxl():
+    """`save_pretrained` writes every key of a config, those without a value too."""
+    unet = {'addition_embed_type': None}
+    assert single.layout_for({'unet': unet}) == single.SD1
+    assert single.layout_for({'unet': unet, 'text_encoder': {'hidden_act': 'gelu'}}) == single.SD2
+    assert single.layout_for({'unet': {'addition_embed_type': 'text_time'}}) == single.SDXL
