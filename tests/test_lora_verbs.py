@@ -165,6 +165,23 @@ def test_a_converted_file_accelerates_as_it_did(random_folder, lora_file, tmp_pa
         assert open_tensors(out)[1].get('lcm_jax.accelerates') == marked
 
 
+def test_merge_keeps_small_updates(tmp_path):
+    """Of alpha 1 and rank 128, as kohya's trainer has it: what is stored would be subnormal."""
+    models, rng = verbs.models_of('emoji'), np.random.default_rng(0)
+    kernels = {p: w for p, w in named(models['unet']) if p.endswith('attn1/to_q/kernel')}
+    adapter = {
+        path: {
+            'down': rng.normal(size=(w.shape[0], 128)).astype(np.float32) / 11,
+            'up': rng.normal(size=(128, w.shape[1])).astype(np.float32) * 1e-5,
+        }
+        for path, w in kernels.items()
+    }
+    write_lora(tmp_path / 'a.safetensors', {'unet': adapter}, models, alpha=1.0)
+    verbs.merge_loras([(tmp_path / 'a.safetensors', 0.1)], tmp_path / 'b.safetensors')
+    a, b = (deltas(tmp_path / f'{name}.safetensors', models) for name in 'ab')
+    assert relative(b, {key: 0.1 * x for key, x in a.items()}) < 1e-3
+
+
 def test_merge_is_the_exact_sum(random_folder, models, tmp_path):
     files = [
         foreign(models, d, tmp_path / d, rank, seed=rank)

@@ -33,6 +33,13 @@ def total(terms):
     return out
 
 
+def balanced(ab):
+    """The same update, exactly, with factors of like size, so that half precision keeps both."""
+    down, up = (np.abs(ab[k]).max() for k in ('down', 'up'))
+    power = np.float32(2.0 ** round(np.log2(up / down) / 2)) if down and up else np.float32(1)
+    return {'down': ab['down'] * power, 'up': ab['up'] / power}
+
+
 def truncated(ab, rank):
     """The best approximation of an update by one of `rank` or less -> (adapter, norm of the error).
 

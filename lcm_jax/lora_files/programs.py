@@ -101,6 +101,9 @@ def _counted(module):
     return None
 
 
+HIDES = {'peft': ('diffusers', 'diffusers-old'), 'kohya': ('kohya-sgm',)}  # in diffusers
+
+
 def left_by_diffusers(found):
     """`files.locate`'s result -> the modules (component, module) that diffusers leaves, rightly named or not.
 
@@ -117,9 +120,6 @@ def left_by_diffusers(found):
     there = set().union(*(dialects_of[key] for key in unet))
     hidden = {other for dialect in there for other in HIDES.get(dialect, ())}
     return strange | {key for key in unet if dialects_of[key] & hidden}
-
-
-HIDES = {'peft': ('diffusers', 'diffusers-old'), 'kohya': ('kohya-sgm',)}  # by diffusers
 
 
 class Program(NamedTuple):

@@ -78,7 +78,7 @@ def check_lora(file, model='emoji', target='diffusers'):
 def merge_loras(terms, out, model='emoji', rank=None, dialect=None):
     """Write the sum of LoRA files, [(file, scale)], as one file.
 
-    Exact, with ranks that add up; given `rank`, every module is brought down to it by SVD, and the
+    Exact to float16, with ranks that add up; given `rank`, every module is brought down to it by SVD, and the
     relative error of the whole is told. A sum with an acceleration LoRA is one, its metadata says.
     Raises InputError as `convert_lora` does.
     """
@@ -95,6 +95,10 @@ def merge_loras(terms, out, model='emoji', rank=None, dialect=None):
         norms = [algebra.norm(ab) for adapter in sums.values() for ab in adapter.values()]
         sums, errors = _each(functools.partial(algebra.truncated, rank=rank), sums)
         said = f', relative error {algebra.relative(errors, norms):.2e}'
+    sums = {
+        part: {path: algebra.balanced(ab) for path, ab in adapter.items()}
+        for part, adapter in sums.items()
+    }
     write_lora(out, sums, models, alpha=_rank(sums), dialect=dialect, metadata=_mark(fast))
     return f'wrote {out}: {_count(sums)}, rank {_rank(sums)}{said}'
 
