@@ -171,6 +171,19 @@ NAMES = {
 }
 
 
+def index_of(ckpt, there):
+    """model_index.json of a model of which these parts are there; the safety checker may not be, as
+    a repository's is not downloaded.
+    """
+    index = {
+        key: [None, None] if isinstance(x, list) and key not in there else x
+        for key, x in ckpt.index.items()
+    }
+    if index.get('requires_safety_checker') and 'safety_checker' not in there:
+        index['requires_safety_checker'] = False
+    return index
+
+
 def write_rest(ckpt, found, folder):
     """All of a model's folder but the weights: copied where the model is a folder, else made."""
 
@@ -190,9 +203,9 @@ def write_rest(ckpt, found, folder):
         copied = open_folder(folder)
         for file, mine, theirs in (
             (SCHEDULER, ckpt.scheduler, copied.scheduler),
-            (INDEX, ckpt.index, copied.index),
+            (INDEX, index_of(ckpt, {p.name for p in folder.iterdir()}), copied.index),
         ):
-            if mine != theirs:  # another prediction type, or few steps
+            if mine != theirs:  # another prediction type, few steps, or parts that are not there
                 (folder / file).parent.mkdir(exist_ok=True)
                 (folder / file).write_text(json.dumps(mine, indent=2) + '\n')
         return
@@ -203,11 +216,7 @@ def write_rest(ckpt, found, folder):
     for name in (part.replace('text_encoder', 'tokenizer') for part in found if 'text' in part):
         there.add(name)
         texts |= {f'{name}/{file}': text for file, text in ckpt.tokenizer(name).texts().items()}
-    index = {
-        key: [None, None] if isinstance(x, list) and key not in there else x
-        for key, x in ckpt.index.items()
-    }
-    texts[INDEX] = json.dumps(index, indent=2) + '\n'
+    texts[INDEX] = json.dumps(index_of(ckpt, there), indent=2) + '\n'
     for path, text in texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding='utf-8')

@@ -332,3 +332,19 @@ def test_a_null_key_of_diffusers_makes_no_sdxl():
     assert single.layout_for({'unet': unet}) == single.SD1
     assert single.layout_for({'unet': unet, 'text_encoder': {'hidden_act': 'gelu'}}) == single.SD2
     assert single.layout_for({'unet': {'addition_embed_type': 'text_time'}}) == single.SDXL
+
+
+def test_what_is_not_there_is_not_named(canonical, tmp_path):
+    """A hub's snapshot lacks the safety checker that its index names; diffusers would look for it."""
+    source, out = shutil.copytree(canonical, tmp_path / 'source'), tmp_path / 'out'
+    shutil.rmtree(source / 'safety_checker', ignore_errors=True)
+    index = json.loads((source / 'model_index.json').read_text())
+    index |= {
+        'safety_checker': ['stable_diffusion', 'StableDiffusionSafetyChecker'],
+        'feature_extractor': ['transformers', 'CLIPImageProcessor'],
+        'requires_safety_checker': True,
+    }
+    (source / 'model_index.json').write_text(json.dumps(index))
+    convert(source, out, 'diffusers')
+    assert StableDiffusionPipeline.from_pretrained(out).safety_checker is None
+    assert json.loads((out / 'model_index.json').read_text())['requires_safety_checker'] is False
