@@ -9,8 +9,10 @@ from lcm_jax.data.cache import check_fits
 from lcm_jax.data.loader import loader
 from lcm_jax.data.settings import DataSettings, check_latents
 from lcm_jax.data.sources import open_source
+from lcm_jax.errors import InputError
 from lcm_jax.logs import say
 from lcm_jax.run_cache import ensure, identity
+from lcm_jax.step import cached
 
 OURS = ('cache', 'validation', 'validation_batches')  # keys of `data` that are read here
 
@@ -19,7 +21,7 @@ class Feed:
     """A config's data for a Model, on a mesh. With data.cache it is encoded into `workdir`/cache first."""
 
     def __init__(self, model, config, mesh, workdir):
-        self.model, self.config, self.mesh = model, config, mesh
+        self.model, self.config = model, config
         self.settings = DataSettings(**{k: v for k, v in config.data.items() if k not in OURS})
         check_latents(self.settings)
         self.home, self.batch = sharding.batch_sharding(mesh), config.train.batch
@@ -29,6 +31,11 @@ class Feed:
         self.source = self.open('source', Path(workdir) / 'cache')
         self.held = config.data.validation and self.open('validation', Path(workdir) / 'validation')
         if self.held:
+            if cached(config) and not self.held.encoded:
+                raise InputError(
+                    f'data.validation {self.held.name} is no cache, but data.source is, and a run from '
+                    'one has no encoders in memory: encode it too (lcm-jax data cache)'
+                )
             self.load(self.held, 0).close()  # refused now rather than after compiling
         self.loader = self.load(self.source, 0)
         self.sizes = self.loader.shapes  # (height, width) px of each bucket

@@ -58,6 +58,12 @@ def test_a_cache_of_something_else_is_refused(model, filled, uncompiled):
             runs.run(model, filled, data__cache=True, **changes)
 
 
+def test_pictures_to_validate_a_run_from_a_cache_are_refused(model, filled, tmp_path, uncompiled):
+    settings = {'data__source': f'cache:{filled}/cache', 'data__validation': 'synthetic:9'}
+    with pytest.raises(InputError, match='synthetic:9 is no cache, but'):
+        runs.run(model, tmp_path / 'run', **settings)
+
+
 def test_a_cache_of_other_samples_is_refused(model, tmp_path, capsys):
     """Of a source of the same name; one that is gone is not missed."""
     pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
