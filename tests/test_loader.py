@@ -5,6 +5,10 @@ import io
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +155,35 @@ def test_worker_processes_read_on_after_sigterm(tokenizers):
     assert [len(next(batches).names) for _ in range(20)] == [4] * 20
     assert all(worker.is_alive() for worker in workers)
     batches.close()
+
+
+ENDS_AT_ONCE = """
+import dataclasses, multiprocessing, os
+from lcm_jax.data.loader import loader
+from lcm_jax.data.settings import DataSettings
+from lcm_jax.data.sources import open_source
+
+settings = DataSettings(source='', resolution=16, threads=1, workers=1)
+if __name__ == '__main__':
+    batches = loader(open_source('synthetic:20', settings), (), settings, batch=4)
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    os._exit(1)
+"""
+
+
+def test_worker_processes_end_with_a_run_that_ends_at_once(tmp_path):
+    script, out = tmp_path / 'run.py', tmp_path / 'out'
+    script.write_text(ENDS_AT_ONCE)
+    env = os.environ | {'PYTHONPATH': os.pathsep.join(sys.path)}
+    with open(out, 'w') as file:  # a pipe would stay open as long as the workers live
+        done = subprocess.run([sys.executable, script], stdout=file, env=env)
+    workers = [Path('/proc') / pid for pid in out.read_text().split()]
+    assert done.returncode == 1 and workers
+    end = time.monotonic() + 30
+    while any(w.exists() and 'State:\tZ' not in (w / 'status').read_text() for w in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def broken_shard(file, bad, n=12):

@@ -424,6 +424,8 @@ MESH = """
     inpaint = {'sampler': 'dpm++', 'guidance': 1.0, 'image': image, 'mask': mask}
     for name, options in ('text', text), ('inpaint', inpaint | {'strength': 0.7, 'size': (16, 16)}):
         np.save(f'{folder}/{name}.npy', pixels(pipe(prompts, steps=4, seed=5, **options)))
+    usual = Pipeline.load(folder, mesh=jax.make_mesh((2,), ('data',)))  # JAX's own kind of axis
+    assert len(usual(prompts[0], sampler='euler', steps=1, guidance=1.0)) == 1
 """
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lcm_jax.data.cache import Writer
-from lcm_jax.data.loader import One, iterate
+from lcm_jax.data.loader import One, iterate, own
 from lcm_jax.data.samples import Drops
 from lcm_jax.errors import InputError
 
@@ -66,9 +66,7 @@ def write_cache(
             broken.add(fault[0], name, fault[1])
             broken.check(source.name, len(numbers) - len(broken), settings.max_dropped)
             continue
-        if settings.workers:  # theirs is shared memory, of which a process may hold so much
-            arrays = {key: np.array(x) for key, x in arrays.items()}
-        waiting[bucket].append((i, name, source.size(i), arrays))
+        waiting[bucket].append((i, name, source.size(i), own(arrays, settings)))
         if len(waiting[bucket]) == batch:
             flush(bucket)
     for bucket, items in enumerate(waiting):

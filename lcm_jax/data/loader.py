@@ -157,9 +157,7 @@ class Loader:
             raise InputError(f'{name}: {TRIES} broken samples one after the other: {self.broken}')
         if len(self.broken) >= FEW:
             self.broken.check(name, self.loaded, self.settings.max_dropped)
-        if self.settings.workers:  # theirs is shared memory, which must not outlive them
-            arrays = {key: np.array(x) for key, x in arrays.items()}
-        return Batch(arrays, names)
+        return Batch(own(arrays, self.settings), names)
 
     def close(self):
         """Stop the threads and the workers."""
@@ -191,7 +189,12 @@ def loader(source, tokenizers, settings, *, batch, rows=None, start=0):
     return Loader(Maker(source, tuple(tokenizers), settings, batch, rows), start)
 
 
-def deaf(*_):
+def own(arrays, settings):
+    """Copies of what workers sent: it lies in shared memory, which must not outlive them and is scarce."""
+    return {key: np.array(x) for key, x in arrays.items()} if settings.workers else arrays
+
+
+def begin(*_):
     """A worker reads on after SIGTERM, which goes to all of a job: the run ends it when it has saved.
 
     It ends with the run itself, however that ends.
@@ -215,5 +218,7 @@ def iterate(function, numbers, settings):
     if settings.workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads its own, which are left as they are
-        made = made.mp_prefetch(grain.MultiprocessingOptions(settings.workers), worker_init_fn=deaf)
+        made = made.mp_prefetch(
+            grain.MultiprocessingOptions(settings.workers), worker_init_fn=begin
+        )
     return iter(made)

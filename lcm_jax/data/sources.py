@@ -100,9 +100,9 @@ def open_source(name, settings, model=None):
         )
     broken.check(name, len(index.names), settings.max_dropped)
     if not len(ids):
-        why = f'the filters drop all {len(filtered)}: {filtered}' if filtered else 'it is empty'
-        why = f'all {len(broken)} are broken: {broken}' if broken and not filtered else why
-        raise InputError(f'{name}: no samples; {why}')
+        reasons = ('the filters drop all', filtered), ('broken are all', broken)
+        whys = (f'{said} {len(drops)}: {drops}' for said, drops in reasons if drops)
+        raise InputError(f'{name}: no samples; {next(whys, "it is empty")}')
     return source
 
 
