@@ -35,8 +35,8 @@ def get_config():
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 64  # of the update, down @ up
     c.lora.alpha = 0.0  # the update is alpha / rank * down @ up; 0: alpha is the rank
-    c.lora.targets = ()  # rows (regex on parameter paths, rank, alpha), the first match counts;
-    # empty: the modules that LCM-LoRA adapts, with the rank and alpha above
+    c.lora.targets = ()  # rows (regex on parameter paths, rank, alpha), the first match counts; rank 0:
+    # left alone. Empty: the modules that LCM-LoRA adapts, with the rank and alpha above
 
     c.full = ml_collections.ConfigDict()
     c.full.trainable = '.*'  # regex on parameter paths of the UNet

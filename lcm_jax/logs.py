@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 from PIL import Image
 
+from lcm_jax.atomic import whole
 from lcm_jax.chips import chip
 from lcm_jax.tree import count, named
 
@@ -17,7 +18,7 @@ class Writer:
     """Scalars and pictures of a run into its workdir; only the first process writes.
 
     metrics.jsonl has a line for each report, {'step': ..., 'loss': ...}; lines after `start`, of a
-    run that was killed and goes on from there, are taken out.
+    run that was killed and goes on from there, are taken out, and TensorBoard hides them.
     """
 
     def __init__(self, workdir, start=0):
@@ -28,9 +29,13 @@ class Writer:
 
         self.workdir = Path(workdir)
         self.workdir.mkdir(parents=True, exist_ok=True)
-        self.board, file = SummaryWriter(str(workdir)), self.workdir / 'metrics.jsonl'
+        self.board = SummaryWriter(str(workdir), purge_step=start + 1)
+        file = self.workdir / 'metrics.jsonl'
         kept = _whole_lines(file.read_text()) if file.is_file() else []
-        file.write_text(''.join(line + '\n' for line in kept if json.loads(line)['step'] <= start))
+        with whole(file) as part:
+            part.write_text(
+                ''.join(line + '\n' for line in kept if json.loads(line)['step'] <= start)
+            )
         self.lines = open(file, 'a')  # noqa: SIM115 - closed with the writer
 
     def __enter__(self):
@@ -108,7 +113,7 @@ class Meter:
         """Means of the steps since the last report; seconds of one, and its part spent waiting for data."""
         speed = self.tflop / seconds
         values = metrics | {
-            'lr': float(self.rate(step)),
+            'lr': float(self.rate(max(0, step - 1 - metrics['skipped']))),  # of this step
             'images_per_second': self.samples / seconds,
             'step_seconds': seconds,
             'data_wait_seconds': waited,

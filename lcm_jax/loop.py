@@ -16,7 +16,7 @@ import optax
 from tqdm import tqdm
 
 from lcm_jax.errors import InputError
-from lcm_jax.peers import all_come
+from lcm_jax.peers import all_come, meet
 
 
 class State(NamedTuple):
@@ -39,36 +39,39 @@ def init(params, tx, ema_decay):
     return State(jnp.int32(0), jnp.int32(0), params, ema, tx.init(params))
 
 
+def in_parts(fn, zero, batch, parts):
+    """fn of a batch [B, ...], which must be a mean over samples, from parts taken one after the other.
+
+    zero: zeros shaped as what fn gives.
+    """
+    if parts == 1:
+        return fn(batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, fn(part)), None
+
+    # Part i is the rows i, i + parts, ...: rows stay on the devices that they are on.
+    cut = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    total, _ = jax.lax.scan(add, zero, cut)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
 def make_step(loss, tx, ema_decay=0.0, accumulate=1):
     """loss(params, ema, frozen, batch, key) -> scalar  =>  step(state, frozen, batch, key), not jitted.
 
-    The key is folded with the step inside. accumulate: parts that the batch [B, ...] is taken in,
-    one after the other; the loss must be a mean over samples. A step whose loss or gradients are not
-    finite changes nothing but the counts. The average's decay warms up as
-    min(ema_decay, (1 + step) / (10 + step)); ema_decay 0: there is none.
+    The key is folded with the step inside. accumulate: parts that the batch is taken in, see
+    `in_parts`. A step whose loss or gradients are not finite changes nothing but the counts. The
+    average's decay warms up as min(ema_decay, (1 + step) / (10 + step)); ema_decay 0: there is none.
     """
-
-    def gradients(state, frozen, batch, key):
-        def grad(part):
-            return jax.value_and_grad(loss)(state.params, state.ema, frozen, part, key)
-
-        if accumulate == 1:
-            return grad(batch)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, grad(part)), None
-
-        # Part i is the rows i, i + accumulate, ...: rows stay on the devices that they are on.
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
-        )
-        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
-        total, _ = jax.lax.scan(add, zero, parts)
-        return jax.tree.map(lambda x: x / accumulate, total)
 
     def step(state, frozen, batch, key):
         key = jax.random.fold_in(key, state.step)
-        value, grads = gradients(state, frozen, batch, key)
+
+        def gradients(part):
+            return jax.value_and_grad(loss)(state.params, state.ema, frozen, part, key)
+
+        zero = jax.tree.map(jnp.zeros_like, (jnp.float32(0), state.params))
+        value, grads = in_parts(gradients, zero, batch, accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
 
@@ -153,16 +156,19 @@ def save(i, state, saves, on_save):
     It is lost only where one of several processes fails alone in what they do together: the others
     wait for it there, and cannot save.
     """
-    together = True
     try:
         metrics, write = on_save(i, state)
-        together = False
-        write()
     except Exception:
-        if not together or all_come('on_save has failed'):
+        if all_come('on_save has failed'):
             saves.save(i, state, {})
         raise
-    saves.save(i, state, metrics)
+    kept = {}
+    try:
+        write()
+        kept = metrics
+    finally:
+        meet('written')  # the first writes the most, and orbax waits for it for five minutes only
+        saves.save(i, state, kept)
 
 
 def fit(

@@ -7,14 +7,13 @@ convolution lead, as in its kernel. File scales (alpha / r) are baked into `up` 
 import functools
 import itertools
 import math
-import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lcm_jax.errors import InputError
-from lcm_jax.tree import map_named, named
+from lcm_jax.tree import map_named, matches, named
 
 # The modules that LCM-LoRA adapts (diffusers train_lcm_distill_lora_sd_wds.py).
 LCM_TARGETS = (
@@ -31,7 +30,7 @@ def ranks(params, rows):
     """
     found, used = {}, set()
     for path, w in named(params):
-        row = next((i for i, (regex, *_) in enumerate(rows) if re.fullmatch(regex, path)), None)
+        row = next((i for i, (regex, *_) in enumerate(rows) if matches(regex, path)), None)
         used.add(row)
         if row is not None and rows[row][1] and w.ndim > 1:
             found[path] = tuple(rows[row][1:])

@@ -21,10 +21,15 @@ from lcm_jax.peers import meet
 # train.steps with train.decay, as the rates depend on it.
 MAY_CHANGE = (
     *('mesh', 'preview', 'export', 'data.threads', 'data.workers', 'data.max_dropped'),
+    *('data.validation', 'data.validation_batches'),
     *('train.steps', 'train.log_every', 'train.save_every', 'train.keep', 'train.best'),
     *('train.max_skipped', 'train.remat', 'train.accumulate'),
 )
 
+MEASURED = {  # metric -> keys that it depends on, of those that may change
+    'validation': ('data.validation', 'data.validation_batches'),
+    'distance': ('preview',),
+}
 FOUND = ('weights', 'samples')  # in a recipe beside the config; older checkpoints lack some of it
 
 
@@ -151,11 +156,9 @@ class Saves:
         return math.inf if math.isnan(value) else value
 
     def _measured_alike(self, step):
-        """Whether a checkpoint's metric was found with the settings of now, which may have changed."""
+        """Whether a checkpoint's metric was found with the settings of now, and the best chosen by it."""
         before, now = self._recipe_of(step), self.recipe
-        names = (
-            ('export.weights',) if self.metric == 'validation' else ('export.weights', 'preview')
-        )
+        names = ('export.weights', 'train.best', *MEASURED.get(self.metric, ()))
         return all(before.get(k) == now[k] for k in now if under(k, names))
 
     def _recipe_of(self, step):

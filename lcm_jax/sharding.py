@@ -102,7 +102,12 @@ def shardings(tree, mesh, rules=RULES):
     dimension's axes are a name, a tuple of names or None; those that do not divide it leave it
     whole. Raises InputError for a leaf that no rule matches and for an axis that the mesh lacks.
     """
-    for pattern, axes in rules:
+    for rule in rules:
+        match rule:
+            case (str(pattern), tuple(axes) | list(axes)):
+                pass
+            case _:
+                raise InputError(f'rule {rule!r}; one is (regex, (axis or None, ...))')
         strange = {*map(str, _names(axes))} - {*mesh.axis_names}
         if strange:
             raise InputError(

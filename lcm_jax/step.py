@@ -50,6 +50,7 @@ LEAST = {  # key of a config -> the least value that means something
     'train.save_every': 1,
     'train.keep': 1,
 }
+SEEDS = 'train.seed', 'preview.seed'
 
 
 class Program(NamedTuple):
@@ -58,7 +59,7 @@ class Program(NamedTuple):
     state: loop.State
     frozen: dict  # what the step reads: 'null'; 'unet', 'vae', 'text_encoder' where it asks them
     batch: Callable  # (height, width) px -> {name: ShapeDtypeStruct} of a global batch
-    loss: Callable  # (trained, its average, frozen, batch, key) -> scalar
+    loss: Callable  # (trained, its average, frozen, batch, key) -> scalar, of as many parts as the step
     step: Callable  # (state, frozen, batch, key) -> (state, metrics), not jitted
     student: Student
     net: Callable  # (trained, frozen, w [B]) -> the student's net(z, t, **cond)
@@ -99,12 +100,20 @@ def program(specs, family, schedule, config, mesh):
     placed = sharding.placed({'state': state, 'frozen': frozen}, mesh, rules)
     unet = partial(network, mesh=mesh)
     loss = make_loss(specs, family, schedule, config, objective, student, unet)
+    accumulate = config.train.accumulate
+
+    def judge(params, ema, frozen, batch, key):
+        def of(part):
+            return loss(params, ema, frozen, part, key)
+
+        return loop.in_parts(of, jnp.float32(0), batch, accumulate)
+
     return Program(
         placed['state'],
         placed['frozen'],
         partial(batch_shapes, specs, family, config, mesh),
-        loss,
-        loop.make_step(loss, tx, ema, config.train.accumulate),
+        judge,
+        loop.make_step(loss, tx, ema, accumulate),
         student,
         partial(student_net, student, unet),
         tx,
@@ -122,6 +131,10 @@ def check(config, objective, groups):
         part, name = key.split('.')
         if not values[part][name] >= least:
             raise InputError(f'{key} = {values[part][name]}; it must be at least {least}')
+    for key in SEEDS:
+        part, name = key.split('.')
+        if not 0 <= values[part][name] < 2**32:
+            raise InputError(f'{key} = {values[part][name]}; it must be from 0 to {2**32 - 1}')
     for key in ('dtype', 'vae_dtype'):
         choose(key, config[key], shapes.DTYPES)
     for key, table in CHOICES.items():
@@ -182,6 +195,7 @@ def make_loss(specs, family, schedule, config, objective, student, unet):
         w_range=w_range(distill.w),
         skip=distill.skip,
     )
+    jax.eval_shape(lambda: draws_of(jax.random.key(0), jnp.arange(1), (1,)))  # raises InputError
     measure, pick = objective.bind(distill), TARGETS[distill.target]
     encoders = {part: specs[part] for part in ('vae', *family.text_encoders)}
     keys_of_cond = [*cond_shapes(specs, 1, jnp.float32)]

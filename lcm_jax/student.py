@@ -1,7 +1,6 @@
 """What a run trains: an adapter of the UNet, or its own parameters; and the networks made of them."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from lcm_jax.errors import InputError
 from lcm_jax.models import shapes
 from lcm_jax.models.layers import for_strips, in_strips
 from lcm_jax.models.unet import UNet
-from lcm_jax.tree import map_named, named
+from lcm_jax.tree import map_named, matches, named
 
 
 class Student(NamedTuple):
@@ -29,10 +28,23 @@ class Student(NamedTuple):
     whole: bool = False  # nothing of the base is left in it
 
 
+def lora_targets(c):
+    """The keys of config.lora -> rows as `lora.ranks` takes them."""
+    rows = tuple(c.targets) or ((L.LCM_TARGETS, c.rank, c.alpha),)
+    for row in rows:
+        match row:
+            case (str(), int(rank), float(alpha) | int(alpha)) if rank >= 0 and alpha >= 0:
+                continue
+        raise InputError(
+            f'lora.targets has {row!r}; a row is (regex, rank, alpha): rank a whole number, 0 for what '
+            'is left alone; alpha a number of 0 or more, 0 for the rank'
+        )
+    return [(regex, rank, alpha or rank) for regex, rank, alpha in rows]
+
+
 def lora_student(spec, base, config):
     """An adapter of the base's UNet, rank and alpha by path."""
-    c = config.lora
-    alphas = L.ranks(base, tuple(c.targets) or ((L.LCM_TARGETS, c.rank, c.alpha or c.rank),))
+    alphas = L.ranks(base, lora_targets(config.lora))
     scales = {path: alpha / rank for path, (rank, alpha) in alphas.items()}
 
     def init(key, params):
@@ -53,7 +65,7 @@ def full_student(spec, base, config):
     if OBJECTIVES[config.objective].teacher and not spec.w_dim:
         spec = dataclasses.replace(spec, w_dim=c.w_dim)
     tree = shapes.unet_shapes(spec, shapes.DTYPES[config.dtype])
-    taken = {path: x for path, x in named(tree) if re.fullmatch(c.trainable, path)}
+    taken = {path: x for path, x in named(tree) if matches(c.trainable, path)}
     if not taken:
         raise InputError(f'no parameter matches full.trainable = {c.trainable!r}')
     there = dict(named(base))

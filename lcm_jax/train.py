@@ -8,7 +8,6 @@ each: GKE, Slurm and Open MPI are recognised by their environment; on Cloud TPU 
 --coordinator=auto, elsewhere --coordinator=HOST:PORT --processes=N --process=I.
 """
 
-import functools
 import math
 import sys
 from pathlib import Path
@@ -120,10 +119,10 @@ def place(model, prog, config, mesh, size):
     null = {k: x[:1] for k, x in told['null'].items() if k != 'sizes'}
     vae = jax.device_get(encoders.pop('vae'))
     del encoders
-    put = functools.partial(sharding.put, home=sharding.replicated(mesh))
+    homes = sharding.homes(prog.frozen)
     kept = [part for part in model.specs if part in prog.frozen]
-    homes = {part: sharding.homes(prog.frozen[part]) for part in kept}
-    frozen = model.load(kept, dtypes, homes) | {'null': jax.tree.map(put, null)}
+    frozen = model.load(kept, dtypes, {part: homes[part] for part in kept})
+    frozen['null'] = jax.tree.map(sharding.put, null, homes['null'])
     base = frozen.get('unet')
     rounded = not prog.student.alphas and dtypes['unet'] != jnp.float32
     if base is None or rounded:  # what is trained starts as precise as the file

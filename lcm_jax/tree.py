@@ -25,13 +25,21 @@ def map_named(fn, tree):
     return jax.tree_util.tree_map_with_path(lambda path, leaf: fn(path_name(path), leaf), tree)
 
 
+def matches(pattern, path):
+    """Whether a regex matches the whole path. Raises InputError for what is no regex."""
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as e:
+        raise InputError(f'{pattern!r} is no regular expression: {e}') from e
+
+
 def first_match(rules, path):
     """The value of the first (regex, value) whose regex matches the whole path.
 
     Raises InputError if none does: rules must cover every leaf.
     """
     for pattern, value in rules:
-        if re.fullmatch(pattern, path):
+        if matches(pattern, path):
             return value
     raise InputError(f'no rule matches {path!r}; rules: {[pattern for pattern, _ in rules]}')
 

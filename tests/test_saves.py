@@ -217,6 +217,27 @@ def test_a_loss_does_not_depend_on_the_pictures(tmp_path):
     assert steps(tmp_path) == [1, 4]
 
 
+@pytest.mark.parametrize(
+    ('change', 'again'),
+    [
+        ({'train': RECIPE['train'] | {'best': 'distance'}}, np.inf),  # another's file is there
+        ({'data': {'validation': 'folder:b', 'validation_batches': 4}}, np.inf),
+        ({'preview': {'prompts': ('a cat',)}}, 0.5),
+    ],
+)
+def test_a_loss_is_compared_with_those_of_the_same_samples(tmp_path, change, again):
+    """Which may be other ones when a run goes on."""
+    recipe = {
+        'train': RECIPE['train'] | {'best': 'validation'},
+        'data': {'validation': 'folder:a', 'validation_batches': 4},
+        'preview': {'prompts': ('a dog',)},
+    }
+    with Saves(tmp_path, recipe, best='validation') as kept:
+        kept.save(1, state(1), {'validation': 0.5})
+    with Saves(tmp_path, recipe | change, best='validation') as kept:
+        assert kept.step == 1 and kept.best == again
+
+
 def test_none_is_the_best_without_a_metric(tmp_path):
     with Saves(tmp_path, RECIPE, keep=1, best='distance') as kept:
         for step, metrics in enumerate(({}, {'distance': np.nan}, {'distance': 1.0}, {}, {})):

@@ -77,7 +77,7 @@ def on_rules():
     }
     joint = sharding.shardings(tree['attn1'], mesh, ((r'.*', (('data', 'fsdp'),)),))
     assert joint['to_q']['kernel'].spec == P(None, ('data', 'fsdp'))
-    for rules in (sharding.RULES[:3], (('.*', ('model',)),)):
+    for rules in (sharding.RULES[:3], (('.*', ('model',)),), (('.*', 'fsdp'),), (('.*',),)):
         with pytest.raises(InputError):
             sharding.shardings(tree, mesh, rules)
 

@@ -20,13 +20,11 @@ from lcm_jax.tree import named
 SETTINGS = {'data.cache': True, 'lora.rank': 8, 'train.batch': 1, 'train.ema_decay': 0.0}
 
 
-def lora_step(dtype, device, width=512):
-    """-> the plan.Program of a step, and the bytes of its base.
-
-    One sample of 4 x 4 latents: at this width the base outweighs all activations by far.
-    """
+def program(dtype, device, width=512, **settings):
+    """-> the step.Program, and its mesh; settings have '__' for '.'."""
     config = runpy.run_path(str(runs.CONFIGS / 'default.py'))['get_config']()
-    config.update_from_flattened_dict(SETTINGS | {'dtype': dtype})
+    settings = {key.replace('__', '.'): value for key, value in settings.items()}
+    config.update_from_flattened_dict(SETTINGS | {'dtype': dtype} | settings)
     unet = UNetSpec(
         widths=(width,),
         down=((1,),),
@@ -40,7 +38,15 @@ def lora_step(dtype, device, width=512):
     specs = {'unet': unet, 'vae': runs.MODEL.vae, 'text_encoder': text}
     schedule = read_schedule(workloads.NOISE | {'prediction_type': 'epsilon'}, 'noise')
     mesh = sharding.make_mesh(devices=[device])
-    prog = step.program(specs, SD, schedule, config, mesh)
+    return step.program(specs, SD, schedule, config, mesh), mesh
+
+
+def lora_step(dtype, device, width=512):
+    """-> the plan.Program of a step, and the bytes of its base.
+
+    One sample of 4 x 4 latents: at this width the base outweighs all activations by far.
+    """
+    prog, mesh = program(dtype, device, width)
     return workloads.training(prog, (8, 8), mesh), plan.held(prog.frozen['unet'])
 
 
@@ -64,6 +70,19 @@ def quick_compiler():
 def test_one_copy_of_the_base(quick_compiler):
     """0.05 of it in temporaries."""
     assert_once('float32', jax.devices()[0])
+
+
+def test_validation_takes_a_batch_in_the_parts_of_the_step(quick_compiler):
+    """Else it is the one that needs too much memory."""
+    found = []
+    for parts in (1, 8):
+        settings = {'train__batch': 64, 'train__accumulate': parts}
+        prog, _ = program('float32', jax.devices()[0], 16, **settings)
+        args = prog.state.params, prog.state.ema, prog.frozen, prog.batch((64, 64))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        found.append(jax.jit(prog.loss).lower(*args, key).compile())
+    whole, cut = (program.memory_analysis().temp_size_in_bytes for program in found)
+    assert cut < 0.3 * whole
 
 
 @pytest.mark.full  # a minute

@@ -23,7 +23,7 @@ import pytest
 import runs
 from sets import encoded, sample, tar_of
 
-from lcm_jax import export, feed, flags, sharding, step, train
+from lcm_jax import export, feed, flags, sharding, step, student, train
 from lcm_jax.data import cache
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
@@ -147,6 +147,16 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
         ({'train__clip': -1.0}, r'train\.clip = -1\.0; it must be at least 0'),
         ({'train__lr': float('nan')}, r'train\.lr = nan; it must be at least 0'),
         ({'lora__rank': 0}, r'lora\.rank = 0; it must be at least 1'),
+        (
+            {'lora__targets': (('.*to_q/kernel', 4),)},
+            r"has \('.*', 4\); a row is \(regex, rank, alpha",
+        ),
+        ({'lora__targets': (('*', 4, 4.0),)}, r"'\*' is no regular expression"),
+        ({'full__trainable': '(', 'trains': 'full'}, r"'\(' is no regular expression"),
+        ({'mesh__rules': (('.*',),)}, r"rule \('.*',\); one is \(regex"),
+        ({'distill__skip': 30, 'data__source': 'none:'}, r'skip = 30; give a multiple of 20'),
+        ({'train__seed': -1}, r'train\.seed = -1; it must be from 0 to'),
+        ({'preview__seed': 2**32}, r'preview\.seed = 4294967296; it must be from 0 to'),
         ({'data__validation_batches': 0}, 'validation_batches = 0; it must be at least 1'),
         ({'train__decay': True, 'train__warmup': 6}, 'must be less'),
         ({'objective': 'denoise'}, "'distance' is that to the base's pictures"),
@@ -168,6 +178,14 @@ def test_settings_outside_the_tables_are_refused(model, tmp_path, uncompiled, se
     assert (
         not (tmp_path / 'run' / 'checkpoints').is_dir() or not runs.checkpoints(tmp_path / 'run')[0]
     )
+
+
+def test_an_alpha_of_0_is_the_rank():
+    c = runpy.run_path(str(runs.CONFIGS / 'default.py'))['get_config']().lora
+    c.rank = 4
+    assert [row[1:] for row in student.lora_targets(c)] == [(4, 4)]
+    c.targets = (('.*to_q/kernel', 8, 0), ('.*to_k/kernel', 8, 2.0), ('.*', 0, 0))
+    assert [row[1:] for row in student.lora_targets(c)] == [(8, 8), (8, 2.0), (0, 0)]
 
 
 # --- the loss
@@ -340,6 +358,12 @@ def test_a_longer_run_goes_on(whole, longer):
     runs.same(runs.exported(whole), runs.exported(longer.workdir))
     assert runs.losses(whole) == runs.losses(longer.workdir) and len(runs.losses(whole)) == 6
     assert runs.checkpoints(longer.workdir)[0] == [2, 4, 6]
+
+
+def test_the_learning_rate_is_the_one_that_a_step_took(whole):
+    """Of 50 steps to warm up, the first is taken at 0."""
+    rates = {x['step']: x['lr'] for x in runs.lines(whole) if 'lr' in x}
+    assert rates == pytest.approx({i: 1e-3 * (i - 1) / 50 for i in range(1, 7)}, rel=1e-5)
 
 
 def test_the_new_state_is_gone_before_the_old_one_is_read(longer):

@@ -36,10 +36,11 @@ def close(a, b, loss=1e-4, params=2e-2):
 def test_a_run_goes_on_on_other_devices(model, alone, tmp_path):
     """Two processes of four devices, each of which reads its part of the batch, then 1 device, then 4.
 
-    With what may change: the cut of the batch and of the backward pass.
+    With what may change: the cut of the batch and of the backward pass, and where arrays lie.
     """
     run = tmp_path / 'run'
     settings = MESH | {'train.steps': 3, 'train.save_every': 3}
+    settings |= {'mesh.rules': (('frozen/null/.*', (None, 'tensor')),)}
     said = runs.finish(*runs.start_several(model, run, settings))
     assert 'mesh data 2 x fsdp 2 x tensor 2: 8 cpu, 2 processes' in said[0]
     assert 'mesh data' not in said[1]  # only the first one speaks
