@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from lcm_jax.errors import InputError, first_line
 
 GIB = 2**30
+HOST = [2, 2, 1]  # chips of a TPU host
 
 
 class Chip(NamedTuple):
@@ -58,6 +59,10 @@ def devices_of(topology):
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # it takes no TPU
     slices, _, name = topology.rpartition('*')
     options = {'chip_config_name': 'megacore'} if name.startswith('v4:') else {}  # a chip a device
+    sides = [int(n) for n in name.partition(':')[2].split('x') if n.isdigit()]
+    host = [min(pair) for pair in zip((*sides, 1), HOST, strict=False)]
+    if host != HOST:  # the compiler wants to be told of a smaller one
+        options['chips_per_host_bounds'] = host
     try:
         described = topologies.get_topology_desc(
             platform='tpu', topology_name=name, num_slices=int(slices or 1), **options

@@ -14,6 +14,9 @@ KINDS = (
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _COLLECTIVE = re.compile(rf' = (.*?) ({"|".join(KINDS)})(-start)?\((.*)')
 _CALLED = re.compile(r'(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+)')
+_BODY = re.compile(r'body=%?([\w.\-]+)')
+_INSTRUCTION = re.compile(r'%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:, |$)')
+_FREE = re.compile(r'parameter|constant|tuple|get-tuple-element|bitcast|while|.*-start')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -51,6 +54,29 @@ def collectives(hlo, sizes):
     return sorted(rows, key=lambda row: -row.bytes)
 
 
+def looped(hlo):
+    """Text of a compiled program -> bytes that loops of known length move after their first pass.
+
+    Operands and results of each instruction, as the compiler counts; its own count has loops once.
+    """
+    computations = _computations(hlo)
+    runs = _runs(computations, _BODY)
+    return sum(
+        (times - 1) * _traffic(computations[name]) for name, times in runs.items() if times > 1
+    )
+
+
+def _traffic(lines):
+    """Bytes that a computation's instructions read and write."""
+    found = [match.groups() for match in map(_INSTRUCTION.search, lines) if match]
+    sizes = {name: sum(_size(*x) for x in _ARRAY.findall(kind)) for name, kind, *_ in found}
+    return sum(
+        sizes[name] + sum(sizes.get(x, 0) for x in re.findall(r'%([\w.\-]+)', operands))
+        for name, _, op, operands in found
+        if not _FREE.fullmatch(op)
+    )
+
+
 def _computations(hlo):
     """{name of a computation: its lines}."""
     found, name = {}, None
@@ -64,22 +90,34 @@ def _computations(hlo):
     return found
 
 
-def _runs(computations):
-    """How often each computation runs: once for the entry, and as it is called from there."""
+def _runs(computations, calls=_CALLED):
+    """How often each computation runs: once for the entry, and as it is called from there.
+
+    calls: regex of what calls another, which it names.
+    """
     runs = dict.fromkeys(computations, 0)
 
     def visit(name, times):
         runs[name] += times
         for line in computations[name]:
-            trips = _TRIPS.search(line) if ' while(' in line else None
-            for called in _CALLED.findall(line):
+            for called in calls.findall(line):
                 if called in computations:
-                    visit(called, times * int(trips[1]) if trips else times)
+                    visit(called, times * _passes(line, computations))
 
     for name, lines in computations.items():
         if lines[:1] == ['ENTRY']:
             visit(name, 1)
     return runs
+
+
+def _passes(line, computations):
+    """How often a loop runs: as the line says, or, for TPUs, as its condition counts from 0; else once."""
+    said, condition = _TRIPS.search(line), re.search(r' while\(.*condition=%?([\w.\-]+)', line)
+    if said or not condition:
+        return int(said[1]) if said else 1
+    text = '\n'.join(computations[condition[1]])
+    limits = re.findall(r' constant\((\d+)\)', text)
+    return int(limits[0]) if len(limits) == 1 and 'direction=LT' in text else 1
 
 
 def _bytes(match, devices):

@@ -42,9 +42,9 @@ def show(r, name):
     lines += [f'  {gib(r.needed)}  in all, of {r.chip.memory / GIB:.2f} GiB', '']
     if r.cost:
         lines += [
-            f'work of each device: {r.flops / 1e12:.2f} TFLOP in products and convolutions '
-            f"(the compiler's count outside custom kernels: {r.cost.flops / 1e12:.2f}), "
-            f'{r.cost.bytes_accessed / 1e9:.1f} GB moved',
+            f'work of each device: {r.flops / 1e12:.4g} TFLOP in products and convolutions '
+            f"(the compiler's count outside custom kernels: {r.cost.flops / 1e12:.4g}), "
+            f'{r.cost.bytes_accessed / 1e9:.4g} GB moved',
             roofline(r),
             '',
             'sent between devices' if r.collectives else 'nothing is sent between devices',
@@ -65,7 +65,7 @@ def roofline(r):
     if math.isnan(slowest):
         return 'roofline: not known, as the peaks of this device are not'
     return (
-        f'roofline: {work:.4f} s of arithmetic, {traffic:.4f} s of memory traffic: at most '
+        f'roofline: {work:.4g} s of arithmetic, {traffic:.4g} s of memory traffic: at most '
         f'{r.samples / slowest:.1f} samples/s, {r.samples / slowest / r.devices:.2f} a device'
     )
 
@@ -79,9 +79,14 @@ def verdict(r):
 
 
 def plan(args):
+    import jax
+
     from lcm_jax import chips, plan, sharding, step, workloads
     from lcm_jax.models.shapes import DTYPES
 
+    jax.config.update(
+        'jax_enable_compilation_cache', False
+    )  # it cannot read those of chips elsewhere
     config, *_ = flags.settled(args, 'train')
     model, size = workloads.sizes_of(config.model), (config.data.resolution,) * 2
     axes = ('data', 'fsdp', 'tensor', 'dcn')

@@ -81,6 +81,21 @@ def test_report_for_what_is_here():
     plan_cli.show(r, 'a step')
 
 
+def test_a_loop_moves_what_its_passes_move():
+    """The compiler counts one of them."""
+    home = sharding.replicated(sharding.make_mesh(devices=jax.devices()[:1]))
+    args = {k: jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=home) for k in 'wx'}
+
+    def moved(passes, unroll):
+        def fn(w, x):
+            return lax.scan(lambda x, _: (jnp.sin(x @ w), None), x, length=passes, unroll=unroll)[0]
+
+        return plan.compiled(plan.Program(fn, args, home.mesh, 1)).bytes_accessed
+
+    assert moved(8, 1) == pytest.approx(moved(8, 8), rel=0.1)
+    assert moved(8, 1) > 7 * moved(1, 1)
+
+
 def test_forward_compiles_for_tpus(tpus):
     forward = workloads.unet_forward(MODEL, 32, 1, jnp.bfloat16)
     cost = plan.compiled(workloads.on_mesh(forward, tpus))
@@ -91,6 +106,7 @@ def test_topologies():
     pytest.importorskip('libtpu')
     for name, n, kind in (
         ('v4:2x2x1', 4, 'TPU v4'),  # a device is a whole chip, as where they are
+        ('v5e:1x1', 1, 'TPU v5 lite'),
         ('v5e:4x4', 16, 'TPU v5 lite'),
         ('v5p:2x2x2', 8, 'TPU v5'),
         ('v6e:2x2', 4, 'TPU v6 lite'),
