@@ -1,5 +1,6 @@
 """Small UNets, adapters and draws, and the same in diffusers and peft: what objectives are tested on."""
 
+import dataclasses
 import functools
 
 import diffusers
@@ -26,6 +27,7 @@ SPEC = UNetSpec(
     context_dim=12,
     groups=4,
 )
+XL = dataclasses.replace(SPEC, linear_proj=True, pooled_dim=5, size_dim=4)  # SDXL's inputs
 RANK, ALPHA = 4, 6
 HUBER_C = 0.001
 # What LCM-LoRA adapts, in the words of the script.
@@ -60,18 +62,18 @@ def randomised(tree, seed):
 
 
 @functools.cache
-def base():
-    return randomised(unet_shapes(SPEC), 0)
+def base(spec=SPEC):
+    return randomised(unet_shapes(spec), 0)
 
 
 @functools.cache
-def adapter(seed):
+def adapter(seed, spec=SPEC):
     """As after training: neither factor is zero."""
-    make = functools.partial(lora.init, params=base(), rank=RANK)
+    make = functools.partial(lora.init, params=base(spec), rank=RANK)
     return randomised(jax.eval_shape(make, jax.random.key(0)), seed)
 
 
-def batch_and_draws():
+def batch_and_draws(spec=SPEC):
     """Six samples; the first steps to time 0, the second from the noisiest solver time."""
     shape = (6, 4, 4, 4)
     index = np.array([0, 49, 1, 24, 37, 10])
@@ -81,6 +83,10 @@ def batch_and_draws():
         'cond': {'context': random(1, 6, 3, 12)},
         'null': {'context': random(2, 6, 3, 12)},
     }
+    if spec.pooled_dim:  # the null condition keeps the sizes
+        sizes = np.float32([[64, 48, 8, 0, 32, 32]] * 6)
+        for seed, part in enumerate(('cond', 'null'), 7):
+            batch[part] |= {'pooled': random(seed, 6, spec.pooled_dim), 'sizes': sizes}
     w = np.random.default_rng(3).uniform(3, 15, 6).astype(np.float32)
     return batch, Draws(random(4, *shape), t, np.maximum(t - 20, 0), w), index
 
@@ -92,9 +98,9 @@ def unet_peer(spec, params):
     return unet
 
 
-def peer(adapters, targets=TARGETS):
-    """`unet_peer` of `base()` with, by name, peft adapters with our factors."""
-    unet = unet_peer(SPEC, base()).requires_grad_(False)
+def peer(adapters, targets=TARGETS, spec=SPEC):
+    """`unet_peer` of `base(spec)` with, by name, peft adapters with our factors."""
+    unet = unet_peer(spec, base(spec)).requires_grad_(False)
     for name in adapters:
         unet.add_adapter(
             peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets), adapter_name=name

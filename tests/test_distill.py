@@ -1,10 +1,11 @@
 """The LCM loss and its LoRA gradients against diffusers' UNet, peft, and its script's arithmetic.
 
 The torch side follows diffusers' examples/consistency_distillation/train_lcm_distill_lora_sd_wds.py
-step by step, on the same draws.
+step by step, on the same draws; for SDXL's inputs train_lcm_distill_lora_sdxl_wds.py.
 """
 
 import functools
+import itertools
 
 import diffusers
 import jax
@@ -20,6 +21,7 @@ from objectives import (
     RANK,
     SPEC,
     TOLERANCE,
+    XL,
     DDIMSolver,
     adapter,
     adapter_gradients,
@@ -40,12 +42,12 @@ from lcm_jax.errors import InputError
 from lcm_jax.models.unet import UNet
 
 
-def ours(kind, distance):
+def ours(kind, distance, spec=SPEC):
     """-> jitted (student adapter, target adapter) -> loss, gradient by the student's."""
-    batch, draws, _ = batch_and_draws()
+    batch, draws, _ = batch_and_draws(spec)
 
-    def teacher(z, t, context):
-        return UNet(SPEC).apply({'params': base()}, z, t, context)
+    def teacher(z, t, context, **cond):
+        return UNet(spec).apply({'params': base(spec)}, z, t, context, **cond)
 
     def loss(student, target):
         nets = (lora.apply(teacher, ab, ALPHA / RANK) for ab in (student, target))
@@ -63,19 +65,29 @@ def ours(kind, distance):
 
 
 @functools.cache
-def compiled(kind, distance):
-    return ours(kind, distance)
+def compiled(kind, distance, spec):
+    return ours(kind, distance, spec)
 
 
-def theirs(kind, distance, student, target):
+def told(cond):
+    """A condition of ours -> arguments of diffusers' UNet."""
+    cond = {k: torch.tensor(x) for k, x in cond.items()}
+    told = {'encoder_hidden_states': cond['context']}
+    if 'pooled' in cond:
+        added = {'text_embeds': cond['pooled'], 'time_ids': cond['sizes']}
+        told['added_cond_kwargs'] = added
+    return told
+
+
+def theirs(kind, distance, student, target, spec=SPEC):
     """The script's steps 2 to 11 -> loss, {(path, leaf): gradient in our layout}."""
     adapters = {'student': student} | ({} if target is student else {'target': target})
-    unet = peer(adapters)
-    batch, draws, index = batch_and_draws()
+    unet = peer(adapters, spec=spec)
+    batch, draws, index = batch_and_draws(spec)
     latents, noise, w = (torch.tensor(x) for x in (batch['z'], draws.noise, draws.w))
     latents, noise = (x.permute(0, 3, 1, 2) for x in (latents, noise))
     w, index = append_dims(w, 4), torch.tensor(index)
-    cond, null = (torch.tensor(batch[k]['context']) for k in ('cond', 'null'))
+    cond, null = (told(batch[k]) for k in ('cond', 'null'))
 
     noise_scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear'
@@ -91,22 +103,22 @@ def theirs(kind, distance, student, target):
     predicted = functools.partial(translated, abar, kind)
     noisy = noise_scheduler.add_noise(latents, noise, start_timesteps)
     unet.set_adapter('student')
-    pred_x0, _ = predicted(unet(noisy, start_timesteps, cond).sample, start_timesteps, noisy)
+    pred_x0, _ = predicted(unet(noisy, start_timesteps, **cond).sample, start_timesteps, noisy)
     model_pred = c_skip_start * noisy + c_out_start * pred_x0
     with torch.no_grad():
         unet.disable_adapters()  # the teacher
         cond_x0, cond_noise = predicted(
-            unet(noisy, start_timesteps, cond).sample, start_timesteps, noisy
+            unet(noisy, start_timesteps, **cond).sample, start_timesteps, noisy
         )
         null_x0, null_noise = predicted(
-            unet(noisy, start_timesteps, null).sample, start_timesteps, noisy
+            unet(noisy, start_timesteps, **null).sample, start_timesteps, noisy
         )
         x0 = cond_x0 + w * (cond_x0 - null_x0)
         eps = cond_noise + w * (cond_noise - null_noise)
         x_prev = solver.step(x0, eps, index)
         unet.enable_adapters()
         unet.set_adapter('student' if target is student else 'target')
-        x0, _ = predicted(unet(x_prev, timesteps, cond).sample, timesteps, x_prev)
+        x0, _ = predicted(unet(x_prev, timesteps, **cond).sample, timesteps, x_prev)
         goal = c_skip * x_prev + c_out * x0
     unet.set_adapter('student')
     if distance == 'l2':
@@ -117,19 +129,23 @@ def theirs(kind, distance, student, target):
     return loss.item(), adapter_gradients(unet, student)
 
 
-@pytest.mark.parametrize('target', ['student', 'ema'])
-@pytest.mark.parametrize('distance', DISTANCES)
-@pytest.mark.parametrize('kind', KINDS)
-def test_loss_and_gradients_are_the_reference_scripts(kind, distance, target):
-    student = adapter(1)
-    goal = student if target == 'student' else adapter(2)
-    loss, gradient = compiled(kind, distance)(student, goal)
-    want_loss, want = theirs(kind, distance, student, goal)
+@pytest.mark.parametrize(
+    ('kind', 'distance', 'target', 'spec'),
+    [
+        *itertools.product(KINDS, DISTANCES, ('student', 'ema'), (SPEC,)),
+        ('epsilon', 'huber', 'ema', XL),
+    ],
+)
+def test_loss_and_gradients_are_the_reference_scripts(kind, distance, target, spec):
+    student = adapter(1, spec)
+    goal = student if target == 'student' else adapter(2, spec)
+    loss, gradient = compiled(kind, distance, spec)(student, goal)
+    want_loss, want = theirs(kind, distance, student, goal, spec)
     assert len(want) == 2 * len(student)
     errors = [relative(gradient[path][leaf], g) for (path, leaf), g in want.items()]
     difference = abs(float(loss) - want_loss) / want_loss
     print(
-        f'{kind}, {distance}, target = {target}: loss {want_loss:.6g}, relative difference '
+        f'{kind}, {distance}, target = {target}, pooled text {spec.pooled_dim}: loss {want_loss:.6g}, relative difference '
         f'{difference:.1e}; {len(errors)} gradients, largest {max(errors):.1e}'
     )
     assert difference < TOLERANCE
