@@ -20,7 +20,6 @@ def get_config():
     c.distill.min_snr = 5.0
     c.train.best = ''
     c.train.batch = 4
-    c.train.caption_dropout = 0.1
     c.preview.prompts = ('a photo of a red panda on a branch', 'an oil painting of a lighthouse')
     c.preview.sampler, c.preview.steps = 'dpm++', 25
     c.preview.guidance = c.preview.teacher_guidance = 7.5
