@@ -102,7 +102,7 @@ def test_a_cache_elsewhere(tmp_path, tokenizers, monkeypatch):
     here = open_source(f'cache:{tmp_path}/c', SETTINGS)
     monkeypatch.setitem(_registry, 'gs', Bucket)
     monkeypatch.setattr(
-        cache, 'reader', lambda url: records.reader(url.replace('gs://bucket', str(tmp_path)))
+        cache, 'record', lambda url, i: records.record(url.replace('gs://bucket', str(tmp_path)), i)
     )
     with pytest.raises(InputError, match='cache:gs://bucket/c: no complete cache; it has nothing'):
         open_source('cache:gs://bucket/c', SETTINGS)

@@ -16,7 +16,7 @@ import numpy as np
 
 from lcm_jax.atomic import write_json
 from lcm_jax.data.files import listed, opened, reading
-from lcm_jax.data.records import UNREADABLE, check_address, reader
+from lcm_jax.data.records import check_address, record
 from lcm_jax.data.samples import SCORES, Broken, Index, describe
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
@@ -179,15 +179,14 @@ def check_fits(head, name, settings, dtype, weights):
 
 
 def fetch(paths, arrays, place):
-    """-> {name: array} of one sample. Raises Broken."""
+    """-> {name: array} of one sample. Raises as `record`, and Broken for one that is too short."""
     file, number, bucket = place.tolist()
+    found, out, at = record(paths[file], number), {}, 0
     try:
-        record = reader(paths[file])[number]
-        out, at = {}, 0
         for name, said in arrays.items():
             dtype, shape = np.dtype(said['dtype']), said['shapes'][str(bucket)]
-            out[name] = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
+            out[name] = np.frombuffer(found, dtype, math.prod(shape), at).reshape(shape)
             at += out[name].nbytes
-    except UNREADABLE as e:
+    except ValueError as e:
         raise Broken('record cannot be read', describe(e)) from e
     return out

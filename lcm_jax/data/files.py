@@ -19,6 +19,7 @@ from lcm_jax.data.samples import Broken, Index, describe
 from lcm_jax.errors import InputError
 
 VERSION = 3  # of the kept indexes
+WAITS = 0.5, 1.0, 2.0, 4.0  # seconds before a read that failed is tried again
 KEEP_AFTER = 1.0  # seconds that an index must have taken to be worth keeping
 LISTS = ('names', 'broken', 'cut', 'repeats', 'files')  # columns that are no arrays
 CHANGES = ('size', 'mtime', 'etag', 'ETag', 'LastModified', 'updated', 'created')
@@ -39,6 +40,16 @@ def reading(url):
         raise InputError(f'cannot read {url}: {describe(e)}') from e
 
 
+def patiently(url, read):
+    """read() of a file, tried again after each of WAITS: stores fail for a moment. Raises InputError."""
+    for wait in WAITS:
+        with contextlib.suppress(InputError), reading(url):
+            return read()
+        time.sleep(wait)
+    with reading(url):
+        return read()
+
+
 class Elsewhere:
     """An open remote file. What goes wrong with it, now or then, is not taken for damage: InputError."""
 
@@ -48,8 +59,7 @@ class Elsewhere:
             self.file = fsspec.open(url, 'rb').open()
 
     def read(self, size=-1):
-        with reading(self.url):
-            return self.file.read(size)
+        return patiently(self.url, lambda: self.file.read(size))
 
     def seek(self, offset, whence=0):
         return self.file.seek(offset, whence)
@@ -118,18 +128,18 @@ def handle(path):
 
 
 def read_range(url, offset, size):
-    """`size` bytes of a file from `offset` on. Raises Broken."""
-    try:
+    """`size` bytes of a file from `offset` on. Raises Broken if it ends before that, else InputError."""
+
+    def read():
         if remote(url):
             fs, path = fsspec.core.url_to_fs(url)
-            got = fs.cat_file(path, start=offset, end=offset + size)
-        else:
-            file = handle(url)  # held, so that it stays open until it has been read
-            got = os.pread(file.fileno(), size, offset)
-    except Exception as e:  # as in `reading`
-        raise Broken('file cannot be read', describe(e)) from e
+            return fs.cat_file(path, start=offset, end=offset + size)
+        file = handle(url)  # held, so that it stays open until it has been read
+        return os.pread(file.fileno(), size, offset)
+
+    got = patiently(url, read)
     if len(got) != size:
-        raise Broken('file cannot be read', f'{len(got)} of {size} bytes at {offset}')
+        raise Broken('file ends early', f'{len(got)} of {size} bytes at {offset}')
     return got
 
 

@@ -1,5 +1,6 @@
 """Sources -> batches, by grain: deterministic, and resumable at any step."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -87,7 +88,7 @@ class Maker:
     def step(self, step):
         """-> (arrays, names, [(reason, name, detail)] of the broken, captions cut).
 
-        Nothing is raised here for bad input: grain would add to its message. No names: given up.
+        No names: given up.
         """
         bucket, ids = self.order(step)
         broken = []
@@ -162,7 +163,6 @@ class Loader:
     def close(self):
         """Stop the threads and the workers."""
         self.steps.close()
-        self.steps = iter(())
 
 
 def loader(source, tokenizers, settings, *, batch, rows=None, start=0):
@@ -209,8 +209,12 @@ def begin(*_):
 
 
 def iterate(function, numbers, settings):
-    """function over a range of numbers, ahead of time, by settings.threads and settings.workers."""
-    made = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(function)
+    """function over a range of numbers, ahead of time, by settings.threads and settings.workers.
+
+    An InputError of it is raised when its turn comes: grain would add to its message.
+    """
+    made = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step)
+    made = made.map(functools.partial(tried, function))
     ahead = grain.ReadOptions(
         num_threads=settings.threads, prefetch_buffer_size=settings.threads + 1
     )
@@ -221,4 +225,23 @@ def iterate(function, numbers, settings):
         made = made.mp_prefetch(
             grain.MultiprocessingOptions(settings.workers), worker_init_fn=begin
         )
-    return iter(made)
+    made = iter(made)
+    try:
+        yield from map(given, made)
+    finally:
+        made.close()
+
+
+def tried(function, number):
+    """function(number), or the InputError that it raises."""
+    try:
+        return function(number)
+    except InputError as e:
+        return e
+
+
+def given(found):
+    """What `tried` found; raises what is an error."""
+    if isinstance(found, InputError):
+        raise found
+    return found

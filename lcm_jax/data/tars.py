@@ -7,7 +7,7 @@ import json
 import tarfile
 import zlib
 
-from lcm_jax.data.files import opened, read_range
+from lcm_jax.data.files import opened, read_range, reading
 from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row
 from lcm_jax.errors import InputError
 
@@ -143,15 +143,13 @@ class Window(io.RawIOBase):
 
 
 def fetch(url, place, caption):
-    """A sample by its place -> Raw. Raises Broken."""
+    """A sample by its place -> Raw. Raises Broken, and InputError for a file that cannot be read."""
     picture_at, picture_size, text_at, text_size, is_json = (int(x) for x in place)
 
     def read(offset, size):
         if url.endswith('gz'):
-            try:
+            with reading(url):
                 return inflated(url)[0][offset : offset + size]
-            except (OSError, InputError) as e:
-                raise Broken('file cannot be read', describe(e)) from e
         return read_range(url, offset, size)
 
     text = read(text_at, text_size)
