@@ -64,12 +64,12 @@ class Maker:
         return {'pixels': pixels, 'sizes': sizes}, caption
 
     def tokens(self, captions):
-        """-> ids [b,E,L] int32, and how many captions were cut."""
+        """-> ids [b,E,L] int32, and [b] which captions were cut."""
         read = [tokenizer.cut(captions) for tokenizer in self.tokenizers]
         too_long = [
             lengths > t.length for t, (_, lengths) in zip(self.tokenizers, read, strict=True)
         ]
-        return np.stack([ids for ids, _ in read], 1), int(np.any(too_long, 0).sum())
+        return np.stack([ids for ids, _ in read], 1), np.any(too_long, 0)
 
     def slot(self, step, row, i, bucket, broken):
         """The sample of one row -> name, arrays, caption; None if TRIES of them are broken.
@@ -86,7 +86,7 @@ class Maker:
         return None
 
     def step(self, step):
-        """-> (arrays, names, [(reason, name, detail)] of the broken, captions cut).
+        """-> (arrays, names, [(reason, name, detail)] of the broken, names of those whose caption was cut).
 
         No names: given up.
         """
@@ -96,13 +96,14 @@ class Maker:
         for row in self.rows:
             slots.append(self.slot(step, row, ids[row], bucket, broken))
             if slots[-1] is None:
-                return {}, [], broken, 0
+                return {}, [], broken, []
         names, parts, captions = zip(*slots, strict=True)
         arrays = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         arrays['row'] = np.array(self.rows, np.int32)
-        cut = 0
+        cut = []
         if self.tokenizers and captions[0] is not None:
-            arrays['ids'], cut = self.tokens(captions)
+            arrays['ids'], too_long = self.tokens(captions)
+            cut = [names[j] for j in np.flatnonzero(too_long)]
         return arrays, list(names), broken, cut
 
 
@@ -124,15 +125,16 @@ class One(Maker):
             return name, {}, None, (e.reason, e.detail)
 
     def item(self, i):
-        """-> i, bucket, name, arrays, None; or (reason, detail) in place of arrays that are none."""
+        """-> i, bucket, name, arrays, whether its caption was cut, None; or {} and (reason, detail)."""
         name, arrays, caption, fault = self.one(i)
+        cut = False
         if arrays and self.tokenizers:
-            arrays['ids'] = self.tokens([caption])[0][0]
-        return i, int(self.bucket[i]), name, arrays, fault
+            (arrays['ids'],), (cut,) = self.tokens([caption])
+        return i, int(self.bucket[i]), name, arrays, bool(cut), fault
 
 
 class Loader:
-    """Iterator of Batches. Counts what it has given out: `loaded`, `truncated`, `broken` (Drops).
+    """Iterator of Batches. Counts what it has given out: `loaded`, and `broken` and `cut` (Drops).
 
     `order` is its `Order`, `shapes` the (height, width) in px of each bucket.
     """
@@ -140,7 +142,7 @@ class Loader:
     def __init__(self, maker, start):
         self.maker, self.settings = maker, maker.settings
         self.order, self.shapes = maker.order, maker.shapes
-        self.loaded, self.truncated, self.broken = 0, 0, Drops()
+        self.loaded, self.broken, self.cut = 0, Drops(), Drops()
         self.steps = iterate(maker.step, range(start, FOREVER), self.settings)
 
     def __iter__(self):
@@ -152,13 +154,21 @@ class Loader:
         for one in broken:
             self.broken.add(*one)
         self.loaded += len(names)
-        self.truncated += cut
+        for one in cut:
+            self.cut.add(cut_reason(self.maker.tokenizers), one)
         name = self.maker.source.name
         if not names:
             raise InputError(f'{name}: {TRIES} broken samples one after the other: {self.broken}')
         if len(self.broken) >= FEW:
             self.broken.check(name, self.loaded, self.settings.max_dropped)
         return Batch(own(arrays, self.settings), names)
+
+    def told(self):
+        """-> lines about what it has given out otherwise than it is stored, one for each kind."""
+        if self.broken:
+            yield f'{len(self.broken):,} broken samples were replaced: {self.broken}'
+        if self.cut:
+            yield f'captions cut, of {self.loaded:,}: {self.cut}'
 
     def close(self):
         """Stop the threads and the workers."""
@@ -187,6 +197,11 @@ def loader(source, tokenizers, settings, *, batch, rows=None, start=0):
     """
     rows = np.arange(batch) if rows is None else np.asarray(rows)
     return Loader(Maker(source, tuple(tokenizers), settings, batch, rows), start)
+
+
+def cut_reason(tokenizers):
+    """What captions that these cut are counted under."""
+    return f'longer than {min(t.length for t in tokenizers)} tokens'
 
 
 def own(arrays, settings):

@@ -48,16 +48,16 @@ class Source:
 
     def left_out(self):
         """-> lines about what is not among its samples: one for each kind, and for each file cut short."""
-        dropped = self.encoded['dropped'] if self.encoded else {}
         if self.broken:
             yield f'broken, by the index: {self.broken}'
         if self.filtered:
             yield f'left out by the filters: {self.filtered}'
         for file, why in self.cut:
             yield f'not read to its end: {file}: {why}'
-        if dropped:
-            said = ', '.join(f'{n:,} {reason}' for reason, n in dropped.items())
-            yield f'broken, when it was encoded: {said}'
+        for what, key in (('broken', 'dropped'), ('captions cut', 'cut')):
+            if counts := self.encoded and self.encoded[key]:
+                said = ', '.join(f'{n:,} {reason}' for reason, n in counts.items())
+                yield f'{what}, when it was encoded: {said}'
 
     def read(self, i) -> Raw:
         """Raises Broken."""
