@@ -299,6 +299,15 @@ def test_folders_that_are_none(tmp_path):
         open_source(f'folder:{tmp_path}', BORNE)
 
 
+def test_a_picture_that_metadata_names_twice(tmp_path):
+    line = '{"file_name": "1.png", "text": "x"}\n'
+    (tmp_path / 'metadata.jsonl').write_text(f'{line}\n{line}')
+    (tmp_path / '1.png').write_bytes(encoded())
+    said = r'metadata.jsonl:3: 1.png is in line 1 too; write one line for each picture: several'
+    with pytest.raises(InputError, match=said):
+        open_source(f'folder:{tmp_path}', BORNE)
+
+
 def test_unknown_sources():
     with pytest.raises(InputError, match=r"unknown source 'wsd' \(did you mean 'wds'\?\)"):
         open_source('wsd:x.tar', BORNE)

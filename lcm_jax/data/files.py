@@ -18,10 +18,11 @@ from lcm_jax.atomic import whole
 from lcm_jax.data.samples import Broken, Index, describe
 from lcm_jax.errors import InputError
 
-VERSION = 3  # of the kept indexes
+VERSION = 4  # of the kept indexes
 WAITS = 0.5, 1.0, 2.0, 4.0  # seconds before a read that failed is tried again
 KEEP_AFTER = 1.0  # seconds that an index must have taken to be worth keeping
-LISTS = ('names', 'broken', 'cut', 'repeats', 'files')  # columns that are no arrays
+# Columns that are no arrays.
+LISTS = ('names', 'broken', 'cut', 'repeats', 'files', 'passed', 'stamp')
 CHANGES = ('size', 'mtime', 'etag', 'ETag', 'LastModified', 'updated', 'created')
 
 
@@ -151,11 +152,12 @@ def gather(urls, index_one, caption, threads):
     """
     with ThreadPoolExecutor(threads) as pool:
         parts = list(pool.map(lambda url: kept(url, index_one, caption), urls))
-    names, broken = [], []
+    names, broken, passed = [], [], []
     for url, part in zip(urls, parts, strict=True):
         short = url.rsplit('/', 1)[-1]
         names += [f'{short}/{name}' for name in part.names]
-        broken += [(f'{short}/{name}', *rest) for name, *rest in part.broken]
+        for out, rows in ((broken, part.broken), (passed, part.passed)):
+            out += [(f'{short}/{name}', *rest) for name, *rest in rows]
     filled = [(i, part) for i, part in enumerate(parts) if part.names]
     return Index(
         names,
@@ -171,6 +173,8 @@ def gather(urls, index_one, caption, threads):
         [cut for part in parts for cut in part.cut],
         sum(part.repeats for part in parts),
         len(urls),
+        passed,
+        stamp([part.stamp for part in parts]),
     )
 
 
@@ -185,13 +189,14 @@ def kept(url, index_one, caption):
         fs, path = fsspec.core.url_to_fs(url)
         info = fs.info(path)
     said = {key: str(info[key]) for key in CHANGES if key in info}
-    key = json.dumps([VERSION, index_one.__module__, fs.unstrip_protocol(path), caption, said])
-    file = cache_folder() / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz'
+    key = [VERSION, index_one.__module__, fs.unstrip_protocol(path), caption, said]
+    now = {'stamp': stamp([*said.items()][:2])}  # a copy of the same date was created at another
+    file = cache_folder() / f'{stamp(key)}.npz'
     try:
         with np.load(file) as got:
             lists = json.loads(str(got['lists']))
             columns = {c: got[c] for c in Index._fields if c not in LISTS}
-            return Index(**lists, **columns)
+            return Index(**lists | now, **columns)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or not whole
         pass
     start = time.monotonic()
@@ -200,7 +205,12 @@ def kept(url, index_one, caption):
         columns = index._asdict()
         lists = {c: columns.pop(c) for c in LISTS}
         keep(file, columns | {'lists': json.dumps(lists)})
-    return index
+    return index._replace(**now)
+
+
+def stamp(said):
+    """What JSON holds -> text that it is known by."""
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
 def keep(file, arrays):
