@@ -73,7 +73,7 @@ def cache(args):
     model = describe(args.model)
     encode = encoder(model, DTYPES[args.dtype], DTYPES[args.vae_dtype])
     with tqdm(total=-(-len(source) // args.processes), unit=' samples') as bar:
-        done, broken = write_cache(
+        done, broken, cut = write_cache(
             args.out,
             source,
             model.tokenizers,
@@ -86,8 +86,9 @@ def cache(args):
             processes=args.processes,
             log=lambda n: bar.update(n - bar.n),
         )
-    if broken:
-        print(f'broken, when read: {broken}')
+    for what, drops in (('broken, when read', broken), ('captions cut', cut)):
+        if drops:
+            print(f'{what}: {drops}')
     print(f'wrote {done:,} samples; train with model={args.model} data.source=cache:{args.out}')
 
 

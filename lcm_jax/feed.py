@@ -4,6 +4,8 @@ import itertools
 from functools import partial
 from pathlib import Path
 
+import jax
+
 from lcm_jax import processes, sharding
 from lcm_jax.data.cache import check_fits
 from lcm_jax.data.loader import loader
@@ -81,10 +83,19 @@ class Feed:
         return sharding.to_global(batch.arrays, self.home, self.rows, self.batch)
 
     def batches(self, start):
-        """-> iterator of (global arrays, names of this process's samples) from step `start` on."""
+        """-> iterator of (global arrays, names of this process's samples) from step `start` on.
+
+        What is broken or cut is told when there is a new kind of it, and after the first epoch.
+        """
         self.loader.close()
-        self.loader = self.load(self.source, start)
-        return ((self.on_mesh(batch), batch.names) for batch in self.loader)
+        self.loader = found = self.load(self.source, start)
+        before, (first, _) = (0, False), found.order.epoch(start)
+        for step, batch in enumerate(found, start):
+            now = len(found.broken.counts | found.cut.counts), found.order.epoch(step)[0] > first
+            if now != before:
+                tell(found)
+            before = now
+            yield self.on_mesh(batch), batch.names
 
     def validation(self):
         """-> the first batches of the held-out source, always the same."""
@@ -94,16 +105,23 @@ class Feed:
         batches = [
             self.on_mesh(b) for b in itertools.islice(found, self.config.data.validation_batches)
         ]
+        tell(found)
         found.close()
         return batches
 
     def close(self):
-        """Stop reading, and say what was broken on the way."""
-        if self.loader.broken:
-            say(f'{len(self.loader.broken)} broken samples were replaced: {self.loader.broken}')
+        """Stop reading, and tell what was broken or cut on the way."""
+        tell(self.loader)
         self.loader.close()
 
     def describe(self):
         """One line of what it is made of."""
         sizes = ', '.join(f'{h} x {w}' for h, w in self.sizes)
         return f'{self.source.name}: {len(self.source)} samples, {sizes} px'
+
+
+def tell(found):
+    """Print what a loader has replaced or cut: in each process, as each loads rows of its own."""
+    mine = f'process {jax.process_index()}: ' if jax.process_count() > 1 else ''
+    for line in found.told():
+        print(f'{mine}{found.maker.source.name}: {line}', flush=True)

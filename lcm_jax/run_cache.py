@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from lcm_jax.peers import meet
 from lcm_jax.tree import digest
 
 MADE_OF = 'made_of.json'  # in a cache's folder
+STAMP = 'stamp'  # in it: of the sizes and dates of the files; it may change where they do not
 HOW = ('source', 'threads', 'workers', 'max_dropped')  # settings that it does not depend on
 
 
@@ -37,7 +37,7 @@ def ensure(folder, name, model, config, settings, look):
     if filled:
         return
     meet('cache')  # all look before one writes
-    fill(folder, source, made_of, model, config, settings)
+    fill(folder, source, made_of | {STAMP: source.index.stamp}, model, config, settings)
     meet('cache filled')
 
 
@@ -65,19 +65,22 @@ def still_there(name, settings, folder):
     except InputError as e:
         say(f'{e}; its cache is used as it is')
         return {}
-    if name.startswith('folder:') and changed(name[7:], (folder / MADE_OF).stat().st_mtime):
-        say(f'{name} has changed since {folder} was made of it: delete that to encode it again')
+    if read(folder / MADE_OF).get(STAMP, source.index.stamp) != source.index.stamp:
+        say(
+            f'{name}: sizes or dates of its files are others than when {folder} was made of them; if '
+            'pictures or captions have changed, delete that folder to have it made again'
+        )
     return identity(source)
 
 
-def changed(folder, since):
-    """Whether a file in a folder, a caption perhaps, was written after a time, in seconds."""
-    return any(file.lstat().st_mtime > since for file in Path(folder).rglob('*'))
+def read(file):
+    """What a cache was made of -> {key: value}; {} if nothing says so."""
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def check_made_of(file, now):
     """InputError for a cache that was made of something else."""
-    before = json.loads(file.read_text()) if file.is_file() else now
+    before = read(file) or now
     changed = [k for k in now if before.get(k) != now[k]]
     if changed:
         key = changed[0]

@@ -10,6 +10,7 @@ each: GKE, Slurm and Open MPI are recognised by their environment; on Cloud TPU 
 
 import math
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ def run(config, workdir):
         tokenizer(list(config.preview.prompts))  # raises InputError before hours are spent
     feed = Feed(model, config, mesh, workdir)
     recipe |= {'samples': feed.samples['source']}
-    with Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
+    with closing(feed), Saves(workdir / 'checkpoints', recipe, keep=c.keep, best=c.best) as saves:
         step = Steps(prog, mesh, c.seed, feed.size)  # before the weights take the memory
         there = place(model, prog, config, mesh, feed.size)
         state, there = there.state, there._replace(state=None)
@@ -93,7 +94,6 @@ def run(config, workdir):
                 on_save=lambda i, state: out.on_save(i, state, there.frozen),
                 label=config.objective,
             )
-            feed.close()
             file = out.export(config.export.name, on_host(out.chosen(state)))
             meet('exported')  # JAX lets no process end long before the others
             return file

@@ -1,5 +1,6 @@
 """Bad input from outside: what each says."""
 
+import functools
 import io
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from sets import array_record, encoded, example, sample, shard, tar_of
 
-from lcm_jax.data import records, tars
+from lcm_jax.data import files, records, tars
+from lcm_jax.data.loader import loader
 from lcm_jax.data.samples import Broken
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.data.sources import open_source
@@ -100,58 +102,101 @@ class Gone(Exception):
     """Stands for the errors of remote stores, which are not all OSErrors."""
 
 
+@pytest.fixture
+def hasty(monkeypatch):
+    """Reads that fail are tried again, twice, at once."""
+    monkeypatch.setattr(files, 'WAITS', (0, 0))
+
+
+@pytest.mark.usefixtures('hasty')
 @pytest.mark.parametrize('error', [Gone('503'), OSError('503'), ValueError('503')])
 @pytest.mark.parametrize('name', ['x.tar', 'x.tar.gz'])
 def test_a_remote_file_that_fails_is_not_taken_for_a_cut_one(tmp_path, monkeypatch, error, name):
-    """At any of its reads while it is indexed; when a sample is read, that sample is broken."""
+    """At any of its reads, while it is indexed and later: not for a broken sample, either."""
     packed = tar_of(tmp_path / name, [*sample('0'), *sample('1')], 'w:gz' if 'gz' in name else 'w')
     url = f'memory://bucket/{name}'
     with fsspec.open(url, 'wb') as out:
         out.write(Path(packed).read_bytes())
-    left = 10**9  # reads before one fails
+    left, fails = 10**9, 3  # reads until one fails, and how many do
+    cat_file = MemoryFileSystem.cat_file
 
-    def read(self, size=-1):
+    def read(self, size=-1, of=io.BytesIO.read):
         nonlocal left
         left -= 1
-        if not left:
+        if -fails < left <= 0:
             raise error
-        return io.BytesIO.read(self, size)
+        return of(self, size)
+
+    def cat(self, path, **kw):
+        return read(self, path, lambda self, path: cat_file(self, path, **kw))
 
     monkeypatch.setattr(MemoryFile, 'read', read, raising=False)
-    monkeypatch.setattr(MemoryFileSystem, 'cat_file', lambda self, path, **kw: read(None))
+    monkeypatch.setattr(MemoryFileSystem, 'cat_file', cat)
     source = open_source(f'wds:{url}', DataSettings())
-    for i in range(1, 10**9 - left + 1):
-        left = i
+    whole = source.read(0)
+    for i in range(1, 10**9 - left - 1):
+        left, fails = i, 3
         tars.inflated.cache_clear()
         with pytest.raises(InputError, match=f'cannot read {url}: 503'):
-            open_source(f'wds:{url}', BORNE)
-    left = 1
-    tars.inflated.cache_clear()
-    with pytest.raises(Broken, match=r'file cannot be read.*503'):
-        source.read(0)
+            open_source(f'wds:{url}', BORNE).read(0)
+        left, fails = i, 2
+        tars.inflated.cache_clear()
+        assert open_source(f'wds:{url}', BORNE).read(0) == whole
 
 
+@pytest.mark.usefixtures('hasty')
+def test_a_file_that_is_gone_stops_the_run(tmp_path):
+    """Whatever is borne: it says nothing about its samples."""
+    file = Path(shard(tmp_path / 'x.tar', 6))
+    source = open_source(f'wds:{file}', BORNE)
+    file.unlink()
+    batches = loader(source, (), BORNE, batch=2)
+    with pytest.raises(InputError) as e:
+        next(batches)
+    batches.close()
+    assert str(e.value) == f'cannot read {file}: [Errno 2] No such file or directory: {str(file)!r}'
+
+
+def test_a_file_that_was_cut_since_has_broken_samples(tmp_path):
+    file = Path(shard(tmp_path / 'x.tar', 6))
+    source = open_source(f'wds:{file}', BORNE)
+    first = source.read(0)
+    cut(file, 6000)
+    assert source.read(0) == first
+    with pytest.raises(Broken, match=r'file ends early.*0 of \d+ bytes at'):
+        source.read(5)
+
+
+@pytest.mark.usefixtures('hasty')
 @pytest.mark.parametrize('at', ['opened', 'read'])
 def test_remote_array_records_that_fail_are_not_taken_for_cut_ones(monkeypatch, at):
     """As tars; the library gives errors of one kind for all."""
-    url, files = 'gs://bucket/x.array_record', [example(image=encoded(), text=b'one')]
+    url, found = 'gs://bucket/x.array_record', [example(image=encoded(), text=b'one')]
 
     class Failing(list):
         def __getitem__(self, i):
             raise RuntimeError('503')
 
-    def failing(path):
-        if at == 'opened':
-            raise RuntimeError('503')
-        return Failing(files)
+    fails = 0  # times that the next reader, or opening it, does
 
-    monkeypatch.setattr(records, 'reader', lambda path: files)
+    @functools.lru_cache
+    def reader(path):
+        nonlocal fails
+        fails -= 1
+        if fails >= 0 and at == 'opened':
+            raise RuntimeError('503')
+        return Failing(found) if fails >= 0 else found
+
+    monkeypatch.setattr(records, 'reader', reader)
     assert records.index_array_record(url, 'txt').names == ['00000000']
-    monkeypatch.setattr(records, 'reader', failing)
-    with pytest.raises(InputError, match=f'cannot read {url}: 503'):
-        records.index_array_record(url, 'txt')
-    with pytest.raises(Broken, match=r'record cannot be read.*503'):
-        records.fetch_array_record(url, [0], 'txt')
+    for read in (records.index_array_record, lambda url, of: records.record(url, 0)):
+        reader.cache_clear()
+        fails = 3
+        with pytest.raises(InputError, match=f'cannot read {url}: 503'):
+            read(url, 'txt')
+    reader.cache_clear()
+    fails = 2
+    assert records.fetch_array_record(url, [0], 'txt').captions == ('one',)
 
 
 def test_array_records_at_an_address_that_is_not_read():
@@ -251,6 +296,15 @@ def test_folders_that_are_none(tmp_path):
         open_source(f'folder:{tmp_path}', DataSettings())
     (tmp_path / 'metadata.jsonl').write_text('{"text": "x"}\n')
     with pytest.raises(InputError, match=r'metadata.jsonl:1: not a JSON object with file_name'):
+        open_source(f'folder:{tmp_path}', BORNE)
+
+
+def test_a_picture_that_metadata_names_twice(tmp_path):
+    line = '{"file_name": "1.png", "text": "x"}\n'
+    (tmp_path / 'metadata.jsonl').write_text(f'{line}\n{line}')
+    (tmp_path / '1.png').write_bytes(encoded())
+    said = r'metadata.jsonl:3: 1.png is in line 1 too; write one line for each picture: several'
+    with pytest.raises(InputError, match=said):
         open_source(f'folder:{tmp_path}', BORNE)
 
 

@@ -102,7 +102,7 @@ def test_a_cache_elsewhere(tmp_path, tokenizers, monkeypatch):
     here = open_source(f'cache:{tmp_path}/c', SETTINGS)
     monkeypatch.setitem(_registry, 'gs', Bucket)
     monkeypatch.setattr(
-        cache, 'reader', lambda url: records.reader(url.replace('gs://bucket', str(tmp_path)))
+        cache, 'record', lambda url, i: records.record(url.replace('gs://bucket', str(tmp_path)), i)
     )
     with pytest.raises(InputError, match='cache:gs://bucket/c: no complete cache; it has nothing'):
         open_source('cache:gs://bucket/c', SETTINGS)
@@ -169,7 +169,7 @@ def test_broken_samples_are_left_out_and_counted(tmp_path, tokenizers):
     bad = [('8.png', encoded(size=(40, 40))[:60]), ('8.txt', b'x')]
     tar = tar_of(tmp_path / 'x.tar', [*good, *bad, *sample('9')])
     borne = dataclasses.replace(SETTINGS, max_dropped=1.0)
-    done, broken = write(tmp_path / 'c', open_source(f'wds:{tar}', borne), tokenizers, borne)
+    done, broken, _ = write(tmp_path / 'c', open_source(f'wds:{tar}', borne), tokenizers, borne)
     assert done == 4 and broken.counts == {'picture cannot be read': 1}
     cached = open_source(f'cache:{tmp_path}/c', SETTINGS)
     assert [cached.sample_name(i) for i in range(4)] == [f'x.tar/{k}' for k in '0129']
@@ -220,7 +220,7 @@ def test_arrays_that_change_are_a_fault_of_the_program(tmp_path):
         writer.add('b', 1, 0, (8, 8), {'x': np.zeros(4, np.float32)})
     with pytest.raises(ValueError, match='b has'):
         writer.add('b', 1, 0, (8, 8), {})
-    writer.close({})
+    writer.close({}, {})
     head = json.loads((tmp_path / 'part-00000-of-00001.json').read_text())
     assert head['samples'] == 1 and head['arrays']['x'] == {
         'dtype': 'float32',
@@ -233,6 +233,6 @@ def test_latents_of_a_real_picture_keep_every_bit(tmp_path):
     x[0, 0, 0] = np.nan
     writer = Writer(tmp_path, {'model': 'm', 'resolution': 64, 'shapes': [(64, 64)]})
     writer.add('a', 0, 0, (8, 8), {'mean': x})
-    writer.close({})
+    writer.close({}, {})
     got = open_source(f'cache:{tmp_path}', SETTINGS).read(0)
     assert got['mean'].tobytes() == x.tobytes()

@@ -54,7 +54,8 @@ def test_cache_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
     )
     monkeypatch.setattr('lcm_jax.model.describe', lambda name: model)
     monkeypatch.setattr('lcm_jax.encode.encoder', lambda *args: encode)
-    members = [m for i in range(4) for m in sample(f'{i}', aesthetic=i)]
+    members = [m for i in range(3) for m in sample(f'{i}', aesthetic=i)]
+    members += sample('3', caption='word ' * 99, aesthetic=3)
     early = [('8.png', encoded(size=(40, 40))[:60]), *sample('8', aesthetic=9)[1:]]
     late = [*sample('9', caption=''), *sample('lost')]
     tar = tar_of(file := tmp_path / 'x.tar', [*members, *early, *late])
@@ -68,11 +69,14 @@ def test_cache_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
         'left out by the filters: 1 outside min_aesthetic = 1 (first: x.tar/0: 0)',
         f'not read to its end: {tar}: no tar header and no end mark',
         'broken, when read: 1 picture cannot be read (first: x.tar/8: ',
+        'captions cut: 1 longer than 77 tokens (first: x.tar/3)\n',
         'wrote 3 samples; ',
     ):
         assert line in out
     main(['data', 'check', f'cache:{tmp_path}/c'])
-    assert 'broken, when it was encoded: 1 picture cannot be read\n' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'broken, when it was encoded: 1 picture cannot be read\n' in out
+    assert 'captions cut, when it was encoded: 1 longer than 77 tokens\n' in out
 
 
 def test_check_reads_some_or_all(capsys):

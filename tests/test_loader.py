@@ -241,7 +241,9 @@ def test_long_captions_are_cut_and_counted(tmp_path, tokenizers):
     batches = loader(source, tokenizers, SETTINGS, batch=4)
     arrays, names = next(batches)
     batches.close()
-    assert batches.truncated == 2 and batches.loaded == 4
+    assert batches.cut.counts == {'longer than 77 tokens': 2} and batches.loaded == 4
+    first = next(name for name in names if name in ('x.tar/2', 'x.tar/3'))
+    assert [*batches.told()] == [f'captions cut, of 4: 2 longer than 77 tokens (first: {first})']
     assert (arrays['ids'][names.index('x.tar/3'), 0, -1]) == arrays['ids'][0, 0].max()
 
 

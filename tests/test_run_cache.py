@@ -1,11 +1,12 @@
 """The cache that a run makes of its data: filled once, and used for nothing else."""
 
+import functools
 import os
 import time
 
 import pytest
 import runs
-from sets import encoded
+from sets import encoded, shard
 
 from lcm_jax import feed, sharding
 from lcm_jax.errors import InputError
@@ -64,6 +65,27 @@ def test_pictures_to_validate_a_run_from_a_cache_are_refused(model, filled, tmp_
         runs.run(model, tmp_path / 'run', **settings)
 
 
+def fed(model, workdir, source):
+    """How many samples a run is fed from the cache of a source."""
+    config = runs.config(model, {'data.cache': True, 'data.source': source})
+    opened = feed.Feed(describe(str(model)), config, sharding.make_mesh(), workdir)
+    opened.close()
+    return len(opened.source)
+
+
+def test_a_cache_of_tars_that_have_changed_is_named(model, tmp_path, capsys, monkeypatch):
+    """Of the same sizes, as a caption was mended; here behind a link."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
+    file, source = tmp_path / 'there.tar', f'wds:{tmp_path}/x.tar'
+    shard(file, 9)
+    (tmp_path / 'x.tar').symlink_to(file)
+    said = 'are others than when'
+    for later, is_said in ((0, False), (0, False), (9, True), (9, True)):
+        os.utime(file, (time.time(), 1e9 + later))
+        assert fed(model, tmp_path / 'run', source) == 9
+        assert (said in capsys.readouterr().out) == is_said
+
+
 def test_a_cache_of_other_samples_is_refused(model, tmp_path, capsys):
     """Of a source of the same name; one that is gone is not missed."""
     pictures, workdir = tmp_path / 'pictures', tmp_path / 'run'
@@ -71,26 +93,22 @@ def test_a_cache_of_other_samples_is_refused(model, tmp_path, capsys):
     for i in range(9):
         (pictures / f'{i}.png').write_bytes(encoded(size=(16, 16)))
         (pictures / f'{i}.txt').write_text('a disc')
-    changes = {'data.cache': True, 'data.source': f'folder:{pictures}'}
-    config = runs.config(model, changes)
-
-    def fed():
-        opened = feed.Feed(describe(str(model)), config, sharding.make_mesh(), workdir)
-        opened.close()
-        return len(opened.source)
-
-    assert fed() == fed() == 9
-    assert 'has changed' not in capsys.readouterr().out
-    (pictures / '3.txt').write_text('another caption')
+    (tmp_path / '3.txt').write_text('a disc')
+    (pictures / '3.txt').unlink()
+    (pictures / '3.txt').symlink_to(tmp_path / '3.txt')
+    again = functools.partial(fed, model, workdir, f'folder:{pictures}')
+    assert again() == again() == 9
+    assert 'are others' not in capsys.readouterr().out
+    (tmp_path / '3.txt').write_text('a dish')
     later = time.time() + 9
-    os.utime(pictures / '3.txt', (later, later))
-    assert fed() == 9 and 'cache was made of it: delete that to encode' in capsys.readouterr().out
+    os.utime(tmp_path / '3.txt', (later, later))
+    assert again() == 9 and 'are others than when' in capsys.readouterr().out
     aside = pictures.rename(tmp_path / 'aside')
-    assert fed() == 9 and 'its cache is used as it is' in capsys.readouterr().out
+    assert again() == 9 and 'its cache is used as it is' in capsys.readouterr().out
     aside.rename(pictures)
     (pictures / '8.png').unlink()
     with pytest.raises(InputError, match=r'cache was made with samples\.number = 9 \(now 8\)'):
-        fed()
+        again()
 
 
 def test_a_cache_of_other_encoders_is_refused(model, filled, uncompiled):

@@ -131,10 +131,11 @@ def test_an_index_is_kept_until_the_file_changes(tmp_path, monkeypatch):
     tar = shard(tmp_path / 'a.tar', 3)
     first = open_source(f'wds:{tar}', OFF)
     kept = [*files.cache_folder().glob('*.npz')]
-    assert len(kept) == 1
+    assert len(kept) == 1 and first.index.stamp
     monkeypatch.setattr('lcm_jax.data.tars.grouped', lambda file: pytest.fail('indexed again'))
     again = open_source(f'wds:{tar}', OFF)
     assert contents(again) == contents(first) and (again.index.places == first.index.places).all()
+    assert again.index.stamp == first.index.stamp
     monkeypatch.undo()
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
     shard(tmp_path / 'a.tar', 5)
@@ -160,6 +161,64 @@ def test_a_folder_with_captions_beside(tmp_path):
         ('b.png', ('a red one',)),
         ('deep/a.webp', ('a blue one',)),
     ]
+
+
+def test_a_folder_is_read_through_links_and_says_what_it_passes_over(tmp_path):
+    inside, linked = tmp_path / 'in', tmp_path / 'out'
+    for folder, names in ((inside, ('a.png', 'b.gif')), (linked, ('c.bmp', 'd.JFIF'))):
+        folder.mkdir()
+        for name in names:
+            kind = {'jfif': 'JPEG'}.get(name[2:].lower(), name[2:])
+            (folder / name).write_bytes(encoded(kind=kind))
+            (folder / name).with_suffix('.txt').write_text(name)
+    (inside / 'link').symlink_to(linked)
+    (linked / 'back').symlink_to(inside)
+    for name in ('e.tiff', 'e.txt', 'f.tiff', 'notes.md', 'a.json.bak', '.hidden', 'README'):
+        (inside / name).write_bytes(b'x')
+    source = open_source(f'folder:{inside}', DataSettings())
+    names = ['a.png', 'b.gif', 'link/c.bmp', 'link/d.JFIF']
+    got = contents(source)
+    assert [name for name, _, _ in got] == names
+    assert all(name.endswith(captions[0]) for name, captions, _ in got)
+    assert source.passed.counts == {
+        '.tiff': 2,
+        '.txt without a picture': 1,
+        '.md': 1,
+        '.bak': 1,
+        'without an extension': 1,
+    }
+    assert 'passed over: \n  2 .tiff (first: e.tiff)\n' in next(source.left_out()) + '\n'
+    alone = open_source(f'pictures:{inside}', DataSettings())
+    assert len(alone) == 4 and alone.passed.counts['.txt'] == 5
+    for name in ('a.png', 'b.gif', 'link'):
+        (inside / name).unlink()
+    with pytest.raises(
+        InputError, match=r'no samples; passed over are all 8: \n +3 \.txt without a'
+    ):
+        open_source(f'folder:{inside}', DataSettings())
+
+
+@pytest.mark.parametrize('field', ['a/b', '', '../x'])
+def test_any_field_may_hold_the_captions(tmp_path, field):
+    """Whether it could be an extension or not."""
+    (tmp_path / '0.png').write_bytes(encoded())
+    (tmp_path / '0.json').write_text(json.dumps({field: 'a cat'}))
+    settings = DataSettings(caption=field)
+    assert open_source(f'folder:{tmp_path}', settings).read(0).captions == ('a cat',)
+    (tmp_path / '0.json').unlink()
+    with pytest.raises(InputError, match=f"1 no caption .first: 0.png: no '{field}' among nothing"):
+        open_source(f'folder:{tmp_path}', settings)
+
+
+def test_a_second_picture_of_a_sample_is_passed_over(tmp_path):
+    """It is a mask or a depth map, where there is one: webdataset's own examples say 'jpg;png', too."""
+    png = [('1.png', encoded('blue')), ('1.jpg', encoded('red', kind='JPEG')), ('1.txt', b'x')]
+    tar = tar_of(tmp_path / 'x.tar', [*png, *sample('2', 'lime')])
+    source = open_source(f'wds:{tar}', DataSettings())
+    (_, _, first), (_, _, second) = contents(source)
+    assert first[0] > 250 and second == (0, 255, 0)
+    said = 'passed over: 1 .png of a sample with a .jpg (first: x.tar/1.png)'
+    assert [*source.left_out()] == [said]
 
 
 def test_lines_of_metadata_end_at_newlines_and_are_utf_8(tmp_path):
@@ -252,6 +311,22 @@ def test_made_up_pictures():
     assert any(other.read(i).captions != source.read(i).captions for i in range(20))
     with pytest.raises(InputError, match='write synthetic:N'):
         open_source('synthetic:many', OFF)
+
+
+@pytest.mark.parametrize(
+    ('key', 'said', 'limit'),
+    [
+        ('max_watermark', {'watermark_score': 0.9}, 0.5),
+        ('min_aesthetic', {'AESTHETIC_SCORE': 4}, 5),
+        ('min_aesthetic', {'aesthetic': None, 'aesthetic_score': 4}, 5),
+        ('min_aesthetic', {'aesthetic_score_laion_v2': 4}, 5),
+        ('max_unsafe', {'nsfw_score_opennsfw2': 0.9}, 0.5),
+    ],
+)
+def test_filters_know_the_names_of_several_sets(tmp_path, key, said, limit):
+    tar = tar_of(tmp_path / 'x.tar', sample('1', **said))
+    with pytest.raises(InputError, match=f'the filters drop all 1: 1 outside {key}'):
+        open_source(f'wds:{tar}', DataSettings(**{key: limit}))
 
 
 def test_filters_count_by_reason(tmp_path):

@@ -455,6 +455,41 @@ def test_a_run_says_what_its_sources_leave_out(model, tmp_path, capsys):
     assert capsys.readouterr().out == 2 * line
 
 
+def test_a_run_tells_what_it_replaces_and_cuts(model, tmp_path, capsys):
+    """When there is a new kind, after an epoch, and at the end."""
+    members = [m for i in range(14) for m in sample(f'{i}', size=(16, 16))]
+    bad = [
+        (name, content[:60] if '.png' in name else content)
+        for name, content in sample('bad', size=(40, 40))
+    ]
+    tar = tar_of(tmp_path / 'x.tar', [*members, *bad, *sample('long', caption='word ' * 99)])
+    source = f'wds:{tar}'
+    config = runs.config(model, {'data.source': source, 'data.max_dropped': 1})
+    fed = feed.Feed(describe(str(model)), config, sharding.make_mesh(), tmp_path / 'run')
+    batches = fed.batches(0)
+    found = fed.loader.order(0)[1]  # of the first of an epoch's two batches
+    replaced, cut = f'{source}: 1 broken samples were replaced: 1 picture', 'captions cut, of '
+    said = [next(batches) and capsys.readouterr().out for _ in range(4)]
+    assert (replaced in said[0], cut in said[0]) == (14 in found, 15 in found)
+    assert replaced in said[0] + said[1] and f'{source}: {cut}' in said[0] + said[1]
+    assert f'{cut}24: ' in said[2] and not said[3]
+    fed.close()
+    said = capsys.readouterr().out
+    assert re.search(cut + r'32: \d longer than 77 tokens \(first: x.tar/long\)\n', said)
+
+
+def test_a_run_that_fails_tells_it_too(model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError('as it compiles')
+
+    closed = []
+    monkeypatch.setattr(train, 'Steps', fail)
+    monkeypatch.setattr(feed.Feed, 'close', lambda self: closed.append(self))
+    with pytest.raises(RuntimeError, match='as it compiles'):
+        runs.run(model, tmp_path)
+    assert len(closed) == 1
+
+
 def test_models_for_inpainting_are_not_trained(model, tmp_path, uncompiled):
     folder = runs.write_tiny(tmp_path / 'inpainting', in_channels=9)
     with pytest.raises(InputError, match='its UNet takes 9 channels, latents have 4'):

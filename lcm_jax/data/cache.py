@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 - so that numpy knows 'bfloat16'
@@ -16,7 +17,7 @@ import numpy as np
 
 from lcm_jax.atomic import write_json
 from lcm_jax.data.files import listed, opened, reading
-from lcm_jax.data.records import UNREADABLE, check_address, reader
+from lcm_jax.data.records import check_address, record
 from lcm_jax.data.samples import SCORES, Broken, Index, describe
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
@@ -73,12 +74,12 @@ class Writer:
         self.names.append(name)
         self.rows.append((number, bucket, *size))
 
-    def close(self, dropped):
-        """Complete the part. dropped: {reason: count} of the samples that are not in it."""
+    def close(self, dropped, cut):
+        """Complete the part. {reason: count} of the samples that are not in it; whose caption was cut."""
         self.records.close()
         rows = np.array(self.rows, np.int64).reshape(-1, 4)
         np.savez(self.stem.with_suffix('.npz'), names=json.dumps(self.names), rows=rows)
-        said = self.head | {'samples': len(rows), 'dropped': dropped}
+        said = self.head | {'samples': len(rows), 'dropped': dropped, 'cut': cut}
         write_json(self.stem.with_suffix('.json'), said)
 
 
@@ -141,11 +142,10 @@ def parts_of(folder):
                 f'cache:{folder}: its parts were made by different runs: {key} = '
                 f'{filled[0].get(key)!r} and {head.get(key)!r}'
             )
-    dropped = {}
-    for head in heads:
-        for reason, n in head['dropped'].items():
-            dropped[reason] = dropped.get(reason, 0) + n
-    return stems, filled[0] | {'samples': sum(h['samples'] for h in heads), 'dropped': dropped}
+    counts = {
+        key: sum((Counter(h.get(key)) for h in heads), Counter()) for key in ('dropped', 'cut')
+    }
+    return stems, filled[0] | counts | {'samples': sum(h['samples'] for h in heads)}
 
 
 def check_fits(head, name, settings, dtype, weights):
@@ -179,15 +179,14 @@ def check_fits(head, name, settings, dtype, weights):
 
 
 def fetch(paths, arrays, place):
-    """-> {name: array} of one sample. Raises Broken."""
+    """-> {name: array} of one sample. Raises as `record`, and Broken for one that is too short."""
     file, number, bucket = place.tolist()
+    found, out, at = record(paths[file], number), {}, 0
     try:
-        record = reader(paths[file])[number]
-        out, at = {}, 0
         for name, said in arrays.items():
             dtype, shape = np.dtype(said['dtype']), said['shapes'][str(bucket)]
-            out[name] = np.frombuffer(record, dtype, math.prod(shape), at).reshape(shape)
+            out[name] = np.frombuffer(found, dtype, math.prod(shape), at).reshape(shape)
             at += out[name].nbytes
-    except UNREADABLE as e:
+    except ValueError as e:
         raise Broken('record cannot be read', describe(e)) from e
     return out

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lcm_jax.data.cache import Writer
-from lcm_jax.data.loader import One, iterate, own
+from lcm_jax.data.loader import One, cut_reason, iterate, own
 from lcm_jax.data.samples import Drops
 from lcm_jax.errors import InputError
 
@@ -27,7 +27,9 @@ def write_cache(
     processes=1,
     log=None,
 ):
-    """Encode the samples i of a source with i % processes == process -> samples written, Drops.
+    """Encode the samples i of a source with i % processes == process.
+
+    -> samples written, Drops of the broken, and of those whose caption was cut.
 
     encode({'pixels', 'ids', 'sizes'}, [batch, ...] each as `loader` gives them) -> {'mean', 'logvar',
     'context', ...}, arrays of as many rows; it is always given full batches of one shape. model: the
@@ -45,7 +47,7 @@ def write_cache(
     head |= {'fixed': {key: getattr(settings, key) for key in FIXED}}
     head |= {'source': source.name, 'number': len(source), 'weights': weights}
     writer = Writer(folder, head, process, processes)
-    waiting, broken, done = [[] for _ in maker.shapes], Drops(), 0
+    waiting, broken, cut, done = [[] for _ in maker.shapes], Drops(), Drops(), 0
 
     def flush(bucket):
         nonlocal done
@@ -61,19 +63,21 @@ def write_cache(
         if log:
             log(done)
 
-    for i, bucket, name, arrays, fault in iterate(maker.item, numbers, settings):
+    for i, bucket, name, arrays, was_cut, fault in iterate(maker.item, numbers, settings):
         if fault:
             broken.add(fault[0], name, fault[1])
             broken.check(source.name, len(numbers) - len(broken), settings.max_dropped)
             continue
+        if was_cut:
+            cut.add(cut_reason(tokenizers), name)
         waiting[bucket].append((i, name, source.size(i), own(arrays, settings)))
         if len(waiting[bucket]) == batch:
             flush(bucket)
     for bucket, items in enumerate(waiting):
         if items:
             flush(bucket)
-    writer.close(broken.counts)
-    return done, broken
+    writer.close(broken.counts, cut.counts)
+    return done, broken, cut
 
 
 def check_finite(name, arrays):

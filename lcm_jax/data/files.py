@@ -18,9 +18,11 @@ from lcm_jax.atomic import whole
 from lcm_jax.data.samples import Broken, Index, describe
 from lcm_jax.errors import InputError
 
-VERSION = 3  # of the kept indexes
+VERSION = 4  # of the kept indexes
+WAITS = 0.5, 1.0, 2.0, 4.0  # seconds before a read that failed is tried again
 KEEP_AFTER = 1.0  # seconds that an index must have taken to be worth keeping
-LISTS = ('names', 'broken', 'cut', 'repeats', 'files')  # columns that are no arrays
+# Columns that are no arrays.
+LISTS = ('names', 'broken', 'cut', 'repeats', 'files', 'passed', 'stamp')
 CHANGES = ('size', 'mtime', 'etag', 'ETag', 'LastModified', 'updated', 'created')
 
 
@@ -39,6 +41,16 @@ def reading(url):
         raise InputError(f'cannot read {url}: {describe(e)}') from e
 
 
+def patiently(url, read):
+    """read() of a file, tried again after each of WAITS: stores fail for a moment. Raises InputError."""
+    for wait in WAITS:
+        with contextlib.suppress(InputError), reading(url):
+            return read()
+        time.sleep(wait)
+    with reading(url):
+        return read()
+
+
 class Elsewhere:
     """An open remote file. What goes wrong with it, now or then, is not taken for damage: InputError."""
 
@@ -48,8 +60,7 @@ class Elsewhere:
             self.file = fsspec.open(url, 'rb').open()
 
     def read(self, size=-1):
-        with reading(self.url):
-            return self.file.read(size)
+        return patiently(self.url, lambda: self.file.read(size))
 
     def seek(self, offset, whence=0):
         return self.file.seek(offset, whence)
@@ -118,18 +129,18 @@ def handle(path):
 
 
 def read_range(url, offset, size):
-    """`size` bytes of a file from `offset` on. Raises Broken."""
-    try:
+    """`size` bytes of a file from `offset` on. Raises Broken if it ends before that, else InputError."""
+
+    def read():
         if remote(url):
             fs, path = fsspec.core.url_to_fs(url)
-            got = fs.cat_file(path, start=offset, end=offset + size)
-        else:
-            file = handle(url)  # held, so that it stays open until it has been read
-            got = os.pread(file.fileno(), size, offset)
-    except Exception as e:  # as in `reading`
-        raise Broken('file cannot be read', describe(e)) from e
+            return fs.cat_file(path, start=offset, end=offset + size)
+        file = handle(url)  # held, so that it stays open until it has been read
+        return os.pread(file.fileno(), size, offset)
+
+    got = patiently(url, read)
     if len(got) != size:
-        raise Broken('file cannot be read', f'{len(got)} of {size} bytes at {offset}')
+        raise Broken('file ends early', f'{len(got)} of {size} bytes at {offset}')
     return got
 
 
@@ -141,11 +152,12 @@ def gather(urls, index_one, caption, threads):
     """
     with ThreadPoolExecutor(threads) as pool:
         parts = list(pool.map(lambda url: kept(url, index_one, caption), urls))
-    names, broken = [], []
+    names, broken, passed = [], [], []
     for url, part in zip(urls, parts, strict=True):
         short = url.rsplit('/', 1)[-1]
         names += [f'{short}/{name}' for name in part.names]
-        broken += [(f'{short}/{name}', *rest) for name, *rest in part.broken]
+        for out, rows in ((broken, part.broken), (passed, part.passed)):
+            out += [(f'{short}/{name}', *rest) for name, *rest in rows]
     filled = [(i, part) for i, part in enumerate(parts) if part.names]
     return Index(
         names,
@@ -161,6 +173,8 @@ def gather(urls, index_one, caption, threads):
         [cut for part in parts for cut in part.cut],
         sum(part.repeats for part in parts),
         len(urls),
+        passed,
+        stamp([part.stamp for part in parts]),
     )
 
 
@@ -175,13 +189,14 @@ def kept(url, index_one, caption):
         fs, path = fsspec.core.url_to_fs(url)
         info = fs.info(path)
     said = {key: str(info[key]) for key in CHANGES if key in info}
-    key = json.dumps([VERSION, index_one.__module__, fs.unstrip_protocol(path), caption, said])
-    file = cache_folder() / f'{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz'
+    key = [VERSION, index_one.__module__, fs.unstrip_protocol(path), caption, said]
+    now = {'stamp': stamp([*said.items()][:2])}  # a copy of the same date was created at another
+    file = cache_folder() / f'{stamp(key)}.npz'
     try:
         with np.load(file) as got:
             lists = json.loads(str(got['lists']))
             columns = {c: got[c] for c in Index._fields if c not in LISTS}
-            return Index(**lists, **columns)
+            return Index(**lists | now, **columns)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # not there, or not whole
         pass
     start = time.monotonic()
@@ -190,7 +205,12 @@ def kept(url, index_one, caption):
         columns = index._asdict()
         lists = {c: columns.pop(c) for c in LISTS}
         keep(file, columns | {'lists': json.dumps(lists)})
-    return index
+    return index._replace(**now)
+
+
+def stamp(said):
+    """What JSON holds -> text that it is known by."""
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
 def keep(file, arrays):

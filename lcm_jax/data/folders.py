@@ -1,55 +1,90 @@
 """A folder of pictures, with captions or without, and pictures made up."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
+from lcm_jax.data.files import reading, stamp
 from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row, size_of
 from lcm_jax.data.tars import PICTURES, metadata
 from lcm_jax.errors import InputError
 
+TABLE = 'metadata.jsonl'
 COLORS = {
     **{'red': (214, 40, 40), 'green': (46, 139, 87), 'blue': (38, 84, 180)},
     **{'yellow': (250, 209, 60), 'black': (20, 20, 20), 'white': (250, 250, 250)},
 }
 
 
+def contents(source, texts=()):
+    """'FAMILY:DIR' -> [Path] of its pictures, sorted, their names in it, and more of its Index.
+
+    That is what is passed over, all that is neither read nor hidden, and a stamp of what is read. texts:
+    extensions of what may lie beside a picture. Raises InputError.
+    """
+    root = Path(source.partition(':')[2])
+    if not root.is_dir():
+        raise InputError(f'{source}: there is no such folder')
+    everything = [(file.relative_to(root).as_posix(), file) for file in sorted(walk(root))]
+    pictures = [(name, file) for name, file in everything if file.suffix.lower()[1:] in PICTURES]
+    names, files = map(list, zip(*pictures, strict=True)) if pictures else ([], [])
+    read = {*names, *(f'{name.rpartition(".")[0]}.{text}' for name in names for text in texts)}
+    read |= {TABLE} if texts else set()
+    passed, said = [], []
+    for name, file in everything:
+        if name in read:
+            at = file.stat() if file.exists() else None  # a link may lead nowhere
+            said.append([name, at and [at.st_size, at.st_mtime_ns]])
+        elif not any(part.startswith('.') for part in name.split('/')):
+            alone = ' without a picture' if file.suffix[1:] in texts else ''
+            reason = f'{file.suffix}{alone}' if file.suffix else 'without an extension'
+            passed.append((name, reason, ''))
+    return files, names, {'passed': passed, 'stamp': stamp(said)}
+
+
+def walk(folder, above=()):
+    """The files in a folder and in those within, linked ones too, but for links to one above."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with reading(folder), os.scandir(folder) as entries:
+        found = [(entry.path, entry.is_dir()) for entry in entries]
+    for path, is_folder in found:
+        if is_folder:
+            yield from walk(path, (*above, here))
+        else:
+            yield Path(path)
+
+
 def open_folder(folder, caption):
-    """A folder and those within -> Index, fetch(place).
+    """A folder and those within, linked ones too -> Index, fetch(place).
 
     Captions are in NAME.txt beside NAME.png (or NAME.json, where `caption` is a field of it), or in
     metadata.jsonl with file_name and text (Hugging Face's `imagefolder`).
     """
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f'folder:{folder}: there is no such folder')
-    table = metadata_table(root)
-    files = [p for p in sorted(root.rglob('*')) if p.suffix.lower()[1:] in PICTURES]
-    names = [p.relative_to(root).as_posix() for p in files]
+    files, names, more = contents(f'folder:{folder}', (caption, 'json'))
+    table = metadata_table(Path(folder))
     rows, here = [], {*names}
     broken = [(name, 'no picture', 'metadata.jsonl names it') for name in table if name not in here]
     for i, (name, file) in enumerate(zip(names, files, strict=True)):
         try:
-            parts, meta = beside(file, table.get(name, {}), caption)
+            parts, meta = told(file, table.get(name, {}), caption)
             with open(file, 'rb') as picture:
                 rows.append(row(name, (i,), picture, parts, meta, caption))
         except Broken as e:
             broken.append((name, e.reason, e.detail))
         except OSError as e:
             broken.append((name, 'file cannot be read', describe(e)))
-    return index_of(rows, broken), Folder(files, names, table, caption)
+    return index_of(rows, broken, **more), Folder(files, names, table, caption)
 
 
 def open_pictures(folder):
     """A folder and those within, pictures only -> Index, fetch(place); every caption is ''."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise InputError(f'pictures:{folder}: there is no such folder')
-    files = [p for p in sorted(root.rglob('*')) if p.suffix.lower()[1:] in PICTURES]
+    files, names, more = contents(f'pictures:{folder}')
     rows, broken = [], []
-    for i, file in enumerate(files):
-        name = file.relative_to(root).as_posix()
+    for i, (name, file) in enumerate(zip(names, files, strict=True)):
         try:
             with open(file, 'rb') as picture:
                 size = size_of(picture)
@@ -58,7 +93,7 @@ def open_pictures(folder):
             broken.append((name, e.reason, e.detail))
         except OSError as e:
             broken.append((name, 'file cannot be read', describe(e)))
-    return index_of(rows, broken), Pictures(files)
+    return index_of(rows, broken, **more), Pictures(files)
 
 
 class Pictures:
@@ -83,16 +118,21 @@ class Folder:
     def __call__(self, place):
         i = int(place[0])
         try:
-            parts, meta = beside(self.files[i], self.table.get(self.names[i], {}), self.caption)
+            parts, meta = told(self.files[i], self.table.get(self.names[i], {}), self.caption)
             picture = self.files[i].read_bytes()
         except OSError as e:
             raise Broken('file cannot be read', describe(e)) from e
         return Raw(picture, captions_of(self.caption, parts, meta))
 
 
-def beside(file, meta, caption):
+def beside(file, extension):
+    """-> the path of the file of the same name that has this extension."""
+    return file.parent / f'{file.stem}.{extension}'
+
+
+def told(file, meta, caption):
     """What is said of a picture -> {extension: bytes}, metadata. Raises Broken, OSError."""
-    text, table = file.with_suffix(f'.{caption}'), file.with_suffix('.json')
+    text, table = beside(file, caption), beside(file, 'json')
     parts = {caption: text.read_bytes()} if text.is_file() else {}
     return parts, meta | (metadata(table.read_bytes()) if table.is_file() else {})
 
@@ -102,19 +142,26 @@ def metadata_table(root):
 
     Bytes that are not UTF-8 come as lone surrogates, which `captions_of` refuses.
     """
-    file = root / 'metadata.jsonl'
+    file = root / TABLE
     if not file.is_file():
         return {}
-    table = {}
-    for number, line in enumerate(file.read_bytes().split(b'\n')):
+    table, lines = {}, {}
+    for number, line in enumerate(file.read_bytes().split(b'\n'), 1):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                said = json.loads(line.decode(errors='surrogateescape'))
-                table[said['file_name']] = said
+            said = json.loads(line.decode(errors='surrogateescape'))
+            first = lines.setdefault(name := said['file_name'], number)
         except (ValueError, TypeError, KeyError) as e:
             raise InputError(
-                f'{file}:{number + 1}: not a JSON object with file_name: {describe(e)}'
+                f'{file}:{number}: not a JSON object with file_name: {describe(e)}'
             ) from e
+        if first != number:
+            raise InputError(
+                f'{file}:{number}: {name} is in line {first} too; write one line for each picture: '
+                'several captions are a list in it'
+            )
+        table[name] = said
     return table
 
 

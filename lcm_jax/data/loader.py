@@ -1,5 +1,6 @@
 """Sources -> batches, by grain: deterministic, and resumable at any step."""
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -63,12 +64,12 @@ class Maker:
         return {'pixels': pixels, 'sizes': sizes}, caption
 
     def tokens(self, captions):
-        """-> ids [b,E,L] int32, and how many captions were cut."""
+        """-> ids [b,E,L] int32, and [b] which captions were cut."""
         read = [tokenizer.cut(captions) for tokenizer in self.tokenizers]
         too_long = [
             lengths > t.length for t, (_, lengths) in zip(self.tokenizers, read, strict=True)
         ]
-        return np.stack([ids for ids, _ in read], 1), int(np.any(too_long, 0).sum())
+        return np.stack([ids for ids, _ in read], 1), np.any(too_long, 0)
 
     def slot(self, step, row, i, bucket, broken):
         """The sample of one row -> name, arrays, caption; None if TRIES of them are broken.
@@ -85,9 +86,9 @@ class Maker:
         return None
 
     def step(self, step):
-        """-> (arrays, names, [(reason, name, detail)] of the broken, captions cut).
+        """-> (arrays, names, [(reason, name, detail)] of the broken, names of those whose caption was cut).
 
-        Nothing is raised here for bad input: grain would add to its message. No names: given up.
+        No names: given up.
         """
         bucket, ids = self.order(step)
         broken = []
@@ -95,13 +96,14 @@ class Maker:
         for row in self.rows:
             slots.append(self.slot(step, row, ids[row], bucket, broken))
             if slots[-1] is None:
-                return {}, [], broken, 0
+                return {}, [], broken, []
         names, parts, captions = zip(*slots, strict=True)
         arrays = {key: np.stack([part[key] for part in parts]) for key in parts[0]}
         arrays['row'] = np.array(self.rows, np.int32)
-        cut = 0
+        cut = []
         if self.tokenizers and captions[0] is not None:
-            arrays['ids'], cut = self.tokens(captions)
+            arrays['ids'], too_long = self.tokens(captions)
+            cut = [names[j] for j in np.flatnonzero(too_long)]
         return arrays, list(names), broken, cut
 
 
@@ -123,15 +125,16 @@ class One(Maker):
             return name, {}, None, (e.reason, e.detail)
 
     def item(self, i):
-        """-> i, bucket, name, arrays, None; or (reason, detail) in place of arrays that are none."""
+        """-> i, bucket, name, arrays, whether its caption was cut, None; or {} and (reason, detail)."""
         name, arrays, caption, fault = self.one(i)
+        cut = False
         if arrays and self.tokenizers:
-            arrays['ids'] = self.tokens([caption])[0][0]
-        return i, int(self.bucket[i]), name, arrays, fault
+            (arrays['ids'],), (cut,) = self.tokens([caption])
+        return i, int(self.bucket[i]), name, arrays, bool(cut), fault
 
 
 class Loader:
-    """Iterator of Batches. Counts what it has given out: `loaded`, `truncated`, `broken` (Drops).
+    """Iterator of Batches. Counts what it has given out: `loaded`, and `broken` and `cut` (Drops).
 
     `order` is its `Order`, `shapes` the (height, width) in px of each bucket.
     """
@@ -139,7 +142,7 @@ class Loader:
     def __init__(self, maker, start):
         self.maker, self.settings = maker, maker.settings
         self.order, self.shapes = maker.order, maker.shapes
-        self.loaded, self.truncated, self.broken = 0, 0, Drops()
+        self.loaded, self.broken, self.cut = 0, Drops(), Drops()
         self.steps = iterate(maker.step, range(start, FOREVER), self.settings)
 
     def __iter__(self):
@@ -151,7 +154,8 @@ class Loader:
         for one in broken:
             self.broken.add(*one)
         self.loaded += len(names)
-        self.truncated += cut
+        for one in cut:
+            self.cut.add(cut_reason(self.maker.tokenizers), one)
         name = self.maker.source.name
         if not names:
             raise InputError(f'{name}: {TRIES} broken samples one after the other: {self.broken}')
@@ -159,10 +163,16 @@ class Loader:
             self.broken.check(name, self.loaded, self.settings.max_dropped)
         return Batch(own(arrays, self.settings), names)
 
+    def told(self):
+        """-> lines about what it has given out otherwise than it is stored, one for each kind."""
+        if self.broken:
+            yield f'{len(self.broken):,} broken samples were replaced: {self.broken}'
+        if self.cut:
+            yield f'captions cut, of {self.loaded:,}: {self.cut}'
+
     def close(self):
         """Stop the threads and the workers."""
         self.steps.close()
-        self.steps = iter(())
 
 
 def loader(source, tokenizers, settings, *, batch, rows=None, start=0):
@@ -189,6 +199,11 @@ def loader(source, tokenizers, settings, *, batch, rows=None, start=0):
     return Loader(Maker(source, tuple(tokenizers), settings, batch, rows), start)
 
 
+def cut_reason(tokenizers):
+    """What captions that these cut are counted under."""
+    return f'longer than {min(t.length for t in tokenizers)} tokens'
+
+
 def own(arrays, settings):
     """Copies of what workers sent: it lies in shared memory, which must not outlive them and is scarce."""
     return {key: np.array(x) for key, x in arrays.items()} if settings.workers else arrays
@@ -209,8 +224,12 @@ def begin(*_):
 
 
 def iterate(function, numbers, settings):
-    """function over a range of numbers, ahead of time, by settings.threads and settings.workers."""
-    made = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step).map(function)
+    """function over a range of numbers, ahead of time, by settings.threads and settings.workers.
+
+    An InputError of it is raised when its turn comes: grain would add to its message.
+    """
+    made = grain.MapDataset.range(numbers.start, numbers.stop, numbers.step)
+    made = made.map(functools.partial(tried, function))
     ahead = grain.ReadOptions(
         num_threads=settings.threads, prefetch_buffer_size=settings.threads + 1
     )
@@ -221,4 +240,23 @@ def iterate(function, numbers, settings):
         made = made.mp_prefetch(
             grain.MultiprocessingOptions(settings.workers), worker_init_fn=begin
         )
-    return iter(made)
+    made = iter(made)
+    try:
+        yield from map(given, made)
+    finally:
+        made.close()
+
+
+def tried(function, number):
+    """function(number), or the InputError that it raises."""
+    try:
+        return function(number)
+    except InputError as e:
+        return e
+
+
+def given(found):
+    """What `tried` found; raises what is an error."""
+    if isinstance(found, InputError):
+        raise found
+    return found

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from lcm_jax.data.files import remote
+from lcm_jax.data.files import patiently, remote
 from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row
 from lcm_jax.errors import InputError
 
@@ -45,12 +45,26 @@ def check_address(url):
 
 
 def fetch_array_record(url, place, caption):
-    """-> Raw. Raises Broken."""
+    """-> Raw. Raises Broken, and InputError for a remote file that cannot be read."""
+    return raw(example(record(url, int(place[0]))), caption)
+
+
+def record(url, number):
+    """-> its bytes. Raises Broken; of a remote file InputError, as in `index_array_record`."""
+
+    def read():
+        try:
+            return reader(url)[number]
+        except UNREADABLE:
+            reader.cache_clear()  # one that has failed would go on to fail
+            raise
+
+    if remote(url):
+        return patiently(url, read)
     try:
-        record = reader(url)[int(place[0])]
+        return reader(url)[number]
     except UNREADABLE as e:
         raise Broken('record cannot be read', describe(e)) from e
-    return raw(example(record), caption)
 
 
 @functools.lru_cache(256)

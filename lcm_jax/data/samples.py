@@ -10,7 +10,11 @@ from PIL import Image, ImageOps
 from lcm_jax.errors import InputError
 
 ORIENTATION = 274  # EXIF tag; 5..8 are turned by a quarter
-SCORES = {'watermark': 'pwatermark', 'aesthetic': 'aesthetic', 'unsafe': 'punsafe'}  # LAION's names
+SCORES = {  # what they are called in metadata: by LAION's sets, then by COYO
+    'watermark': ('pwatermark', 'watermark_score'),
+    'aesthetic': ('aesthetic', 'AESTHETIC_SCORE', 'aesthetic_score', 'aesthetic_score_laion_v2'),
+    'unsafe': ('punsafe', 'nsfw_score_opennsfw2'),
+}
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'GIF', 'BMP')  # that PIL shall try, in this order
 
 
@@ -33,6 +37,8 @@ class Index(NamedTuple):
     cut: list  # [(file, why)] of files that could not be read to their end
     repeats: int  # samples whose key came before in the same file
     files: int = 1
+    passed: list = ()  # [(name, reason, detail)] of files that are passed over
+    stamp: str = ''  # of the files' sizes and dates; '': not known
 
 
 class Broken(Exception):
@@ -73,7 +79,7 @@ class Drops:
         return rows[0] if len(rows) == 1 else ''.join(f'\n  {row}' for row in rows)
 
 
-def index_of(rows, broken=(), cut=(), repeats=0):
+def index_of(rows, broken=(), cut=(), repeats=0, **more):
     """[(name, size, original, scores, place)] -> Index."""
     names, sizes, original, scores, places = zip(*rows, strict=True) if rows else ((),) * 5
     return Index(
@@ -85,6 +91,7 @@ def index_of(rows, broken=(), cut=(), repeats=0):
         list(broken),
         list(cut),
         repeats,
+        **more,
     )
 
 
@@ -103,7 +110,10 @@ def row(name, place, picture, parts, meta, caption):
     elif not size or 'Orientation' in str(meta.get('exif') or 'Orientation'):
         size, turned = header(picture)
         original = original[::-1] if original and turned else original
-    scores = [number(meta.get(key)) for key in SCORES.values()]
+    scores = [
+        next((number(meta[key]) for key in keys if meta.get(key) is not None), np.nan)
+        for keys in SCORES.values()
+    ]
     return name, size, original or size, scores, place
 
 

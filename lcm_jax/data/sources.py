@@ -24,6 +24,7 @@ class Source:
     fetch: Callable  # fetch(place) -> Raw, or {name: array} if encoded. Raises Broken
     broken: Drops  # samples of the index that cannot be used
     filtered: Drops  # those that the filters left out
+    passed: Drops  # files that are passed over
     cut: list  # [(file, why)] of files that could not be read to their end
     encoded: dict | None = None  # header of a cache
 
@@ -48,16 +49,18 @@ class Source:
 
     def left_out(self):
         """-> lines about what is not among its samples: one for each kind, and for each file cut short."""
-        dropped = self.encoded['dropped'] if self.encoded else {}
+        if self.passed:
+            yield f'passed over: {self.passed}'
         if self.broken:
             yield f'broken, by the index: {self.broken}'
         if self.filtered:
             yield f'left out by the filters: {self.filtered}'
         for file, why in self.cut:
             yield f'not read to its end: {file}: {why}'
-        if dropped:
-            said = ', '.join(f'{n:,} {reason}' for reason, n in dropped.items())
-            yield f'broken, when it was encoded: {said}'
+        for what, key in (('broken', 'dropped'), ('captions cut', 'cut')):
+            if counts := self.encoded and self.encoded[key]:
+                said = ', '.join(f'{n:,} {reason}' for reason, n in counts.items())
+                yield f'{what}, when it was encoded: {said}'
 
     def read(self, i) -> Raw:
         """Raises Broken."""
@@ -87,11 +90,12 @@ def open_source(name, settings, model=None):
             f'{name} is a folder: write folder:{name}, or without captions pictures:{name}'
         )
     index, fetch, encoded = choose('source', family, FAMILIES)(what, settings, model)
-    broken = Drops()
-    for sample, reason, detail in index.broken:
-        broken.add(reason, sample, detail)
+    broken, passed = Drops(), Drops()
+    for drops, found in ((broken, index.broken), (passed, index.passed)):
+        for sample, reason, detail in found:
+            drops.add(reason, sample, detail)
     ids, filtered = keep(index, {} if encoded else limits(settings))
-    source = Source(name, index, ids, fetch, broken, filtered, index.cut, encoded)
+    source = Source(name, index, ids, fetch, broken, filtered, passed, index.cut, encoded)
     if len(index.cut) > settings.max_dropped * index.files:
         file, why = index.cut[0]
         raise InputError(
@@ -100,7 +104,11 @@ def open_source(name, settings, model=None):
         )
     broken.check(name, len(index.names), settings.max_dropped)
     if not len(ids):
-        reasons = ('the filters drop all', filtered), ('broken are all', broken)
+        reasons = (
+            ('the filters drop all', filtered),
+            ('broken are all', broken),
+            ('passed over are all', passed),
+        )
         whys = (f'{said} {len(drops)}: {drops}' for said, drops in reasons if drops)
         raise InputError(f'{name}: no samples; {next(whys, "it is empty")}')
     return source

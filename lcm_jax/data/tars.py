@@ -7,11 +7,12 @@ import json
 import tarfile
 import zlib
 
-from lcm_jax.data.files import opened, read_range
+from lcm_jax.data.files import opened, read_range, reading
 from lcm_jax.data.samples import Broken, Raw, captions_of, describe, index_of, row
 from lcm_jax.errors import InputError
 
-PICTURES = ('webp', 'png', 'jpg', 'jpeg')
+# Extensions; of several in a sample the first is its picture, the others a mask or a depth map perhaps.
+PICTURES = ('jpg', 'jpeg', 'jfif', 'png', 'webp', 'gif', 'bmp')
 BLOCK = 512  # bytes of a tar header; a block of zeros ends the tar
 
 
@@ -19,11 +20,12 @@ def index(url, caption):
     """A tar -> its Index; places are (picture offset, size, text offset, size, text is JSON).
 
     Members that follow each other with one key (the name up to its first dot) make a sample; an
-    extension that the sample has already starts a new one, as LAION's tars need. A tar that ends
+    extension that the sample has already starts a new one, as LAION's tars need. Of several pictures of
+    a sample the first of PICTURES is taken, and the others are named in `passed`. A tar that ends
     early keeps the samples before that, and is named in `cut`. Raises InputError for a remote file
     that cannot be read now: what it holds is not known by that.
     """
-    rows, broken, cut, seen, repeats = [], [], [], set(), 0
+    rows, broken, cut, passed, seen, repeats = [], [], [], [], set(), 0
     try:
         if url.endswith('gz') and inflated(url)[1]:
             cut.append((url, inflated(url)[1]))
@@ -33,11 +35,14 @@ def index(url, caption):
                 seen.add(key)
                 try:
                     rows.append(sample(key, members, file, caption))
+                    first, *others = pictures_of(members)
+                    whose = f'of a sample with a .{first}'
+                    passed += [(f'{key}.{other}', f'.{other} {whose}', '') for other in others]
                 except Broken as e:
                     broken.append((key, e.reason, e.detail))
     except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
         cut = cut or [(url, describe(e))]
-    return index_of(rows, broken, cut, repeats)
+    return index_of(rows, broken, cut, repeats, passed=passed)
 
 
 def uncompressed(url):
@@ -85,10 +90,15 @@ def grouped(file):
         yield key, members
 
 
+def pictures_of(members):
+    """-> the extensions of its pictures, that of the sample's first."""
+    return [extension for extension in PICTURES if extension in members]
+
+
 def sample(key, members, file, caption):
     """{extension: (offset, size)} -> a row of the index. Raises Broken."""
-    picture = next((e for e in PICTURES if e in members), None)
-    if picture is None:
+    pictures = pictures_of(members)
+    if not pictures:
         raise Broken('no picture', f'it has {", ".join(sorted(members))}')
 
     def read(extension):
@@ -98,7 +108,7 @@ def sample(key, members, file, caption):
     parts = {caption: read(caption)} if caption in members else {}
     meta = metadata(read('json')) if 'json' in members else {}
     text = caption if parts else 'json'
-    start, size = members[picture]
+    start, size = members[pictures[0]]
     place = (start, size, *members.get(text, (0, 0)), not parts)
     return row(key, place, Window(file, start, size), parts, meta, caption)
 
@@ -143,15 +153,13 @@ class Window(io.RawIOBase):
 
 
 def fetch(url, place, caption):
-    """A sample by its place -> Raw. Raises Broken."""
+    """A sample by its place -> Raw. Raises Broken, and InputError for a file that cannot be read."""
     picture_at, picture_size, text_at, text_size, is_json = (int(x) for x in place)
 
     def read(offset, size):
         if url.endswith('gz'):
-            try:
+            with reading(url):
                 return inflated(url)[0][offset : offset + size]
-            except (OSError, InputError) as e:
-                raise Broken('file cannot be read', describe(e)) from e
         return read_range(url, offset, size)
 
     text = read(text_at, text_size)
