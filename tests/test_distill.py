@@ -145,8 +145,8 @@ def test_loss_and_gradients_are_the_reference_scripts(kind, distance, target, sp
     errors = [relative(gradient[path][leaf], g) for (path, leaf), g in want.items()]
     difference = abs(float(loss) - want_loss) / want_loss
     print(
-        f'{kind}, {distance}, target = {target}, pooled text {spec.pooled_dim}: loss {want_loss:.6g}, relative difference '
-        f'{difference:.1e}; {len(errors)} gradients, largest {max(errors):.1e}'
+        f'{kind}, {distance}, target = {target}, pooled text {spec.pooled_dim}: loss {want_loss:.6g}, '
+        f'relative difference {difference:.1e}; {len(errors)} gradients, largest {max(errors):.1e}'
     )
     assert difference < TOLERANCE
     assert max(errors) < TOLERANCE
