@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -202,7 +203,7 @@ def open_pickle(file):
         zipped = zipfile.is_zipfile(file)  # torch maps these; older files are read as a whole
         found = torch.load(file, map_location='cpu', weights_only=True, mmap=zipped)
     except Exception as e:  # pickle, torch and zip raise many types
-        raise InputError(f'{file} is not a PyTorch file of weights alone: {first_line(e)}') from e
+        raise InputError(_unread(file, e)) from e
     found = found.get('state_dict', found) if isinstance(found, dict) else {}
     tensors = {key: x for key, x in found.items() if isinstance(x, torch.Tensor)}
     if not tensors:
@@ -220,6 +221,19 @@ def open_pickle(file):
         return Tensor(f'{file}: {key}', tuple(x.shape), dtype, read)
 
     return {key: tensor(key, x) for key, x in tensors.items()}
+
+
+def _unread(file, error):
+    """What to say of a pickle that torch's weights-only loader refuses."""
+    if other := re.search(r'GLOBAL (\S+)', str(error)):
+        return (
+            f'{file} holds more than weights ({other[1]}), as training programs such as Lightning '
+            f'save it; what reads such objects may run any code in them, so it is not read. Take a '
+            f'.safetensors file of the model, or, if you trust this one, write its weights alone: '
+            f'`torch.save(torch.load({file.name!r}, weights_only=False)["state_dict"], "weights.ckpt")`'
+        )
+    said = re.search(r'WeightsUnpickler error: (.+)', str(error))
+    return f'{file} is not a PyTorch file of weights: {said[1] if said else first_line(error)}'
 
 
 def read_json(file):
