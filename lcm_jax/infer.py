@@ -11,6 +11,7 @@ from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
 
 SIZE_DIM = 256  # SDXL: width of each size and crop embedding, which no shape tells
+SCALING = {False: 0.18215, True: 0.13025}  # of a VAE beside an SDXL UNet or another
 HEAD = 64  # width of an attention head, but for SD 1's UNet
 CONTEXT = re.compile(r'(.*)\.transformer_blocks\.0\.attn2\.to_k\.weight')
 
@@ -88,7 +89,7 @@ def vae(shapes, prefix, xl):
         ),
         resnets=shapes.count(f'{down}.0.block'),
         latent_channels=shapes.size(prefix + 'post_quant_conv.weight', 0),
-        scaling_factor=0.13025 if xl else 0.18215,
+        scaling_factor=SCALING[xl],
     )
 
 
@@ -156,7 +157,8 @@ def prediction_type(tensors, metadata, prefix):
 def components(shapes, parts, kind='epsilon'):
     """{component: Part} of a file -> {component: config.json}, as diffusers would write them.
 
-    kind: what the UNet predicts; SD 2's models of v were trained with larger pictures.
+    kind: what the UNet predicts; SD 2's models of v were trained with larger pictures. A VAE's
+    scaling factor only the UNet beside it tells.
     """
     out, xl, side = {}, False, 64
     if 'unet' in parts:
@@ -166,6 +168,8 @@ def components(shapes, parts, kind='epsilon'):
         out['unet'] = configs.unet_config(spec, side)
     if 'vae' in parts:
         out['vae'] = configs.vae_config(vae(shapes, parts['vae'].prefix, xl), 8 * side)
+        if 'unet' not in parts:
+            del out['vae']['scaling_factor']
     for name in ('text_encoder', 'text_encoder_2'):
         if name in parts:
             prefix = parts[name].prefix

@@ -20,7 +20,8 @@ NOTHING = re.compile(
     r'(model_ema|embedding_manager|denoiser)\..*|first_stage_model\.(loss|model_ema)\..*'
     r'|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+'
     r'|lvlb_weights|logvar|scale_factor|v_pred|ztsnr'
-    r'|(.*\.)?(logit_scale|position_ids|attn_mask)|.*transformer\.text_projection\.weight'
+    r'|(.*\.)?(logit_scale|position_ids|attn_mask)'
+    r'|(cond_stage_model|conditioner\.embedders\.0)(\.transformer)?\.text_projection(\.weight)?'
 )
 
 REFINER = 'a refiner of Stable Diffusion XL, which is not supported'
@@ -110,10 +111,13 @@ def original_shapes(part, shapes):
 
 
 def unified(found, source):
-    """A file's {key: Tensor} -> the same; SD 2's text encoder in sgm's place (SD-Turbo) is put in its own.
+    """A file's {key: Tensor} -> the same, with all in the places of LAYOUTS.
 
-    Raises InputError for SDXL's refiner, whose encoder is there too.
+    A VAE alone in its file has no prefix, and SD 2's text encoder may be in sgm's place (SD-Turbo). Raises
+    InputError for SDXL's refiner, whose encoder is there too.
     """
+    if 'encoder.down.0.block.0.conv1.weight' in found:
+        return {VAE.prefix + key: x for key, x in found.items()}
     sgm = 'conditioner.embedders.0.model.'
     if not any(key.startswith(sgm) for key in found):
         return found

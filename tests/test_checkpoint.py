@@ -16,6 +16,7 @@ from lcm_jax import single, tensors, weights
 from lcm_jax.checkpoint import needed, open_model, weights_file
 from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
+from lcm_jax.model import describe
 from lcm_jax.models import zoo
 from lcm_jax.models.shapes import unet_shapes
 from lcm_jax.tensors import read_tensors, write_tensors
@@ -230,6 +231,25 @@ def test_sd2_files_in_sgm_names(single_file, tiny_folder, tmp_path):
     write_tensors(tmp_path / 'x.safetensors', renamed | added)
     with pytest.raises(InputError, match=r'x\.safetensors is a refiner of Stable Diffusion XL'):
         open_model(tmp_path / 'x.safetensors')
+
+
+@pytest.mark.parametrize('prefix', ['', 'first_stage_model.'])
+def test_a_file_of_a_vae_alone(single_file, tiny_folder, tmp_path, prefix):
+    """As they are shared: without a prefix. It takes the model's scaling factor, which it does not tell."""
+    own, file = 'first_stage_model.', tmp_path / 'vae.safetensors'
+    found, _ = read_tensors(single_file('sdxl'))
+    vae = {prefix + k.removeprefix(own): x for k, x in found.items() if k.startswith(own)}
+    leftovers = {f'{prefix}loss.logvar': np.zeros(()), f'{prefix}model_ema.decay': np.zeros(())}
+    write_tensors(file, vae | leftovers)
+    folder, expected = tiny_folder('sdxl')
+    same(open_model(file), {'vae': expected['vae']})
+    write_tensors(tmp_path / 'x.safetensors', {k: found[k] for k in found if own not in k})
+    for base, scaling in (
+        (folder, 0.13025),
+        (tmp_path / 'x.safetensors', 0.13025),  # which has no VAE
+        (tiny_folder('sd1')[0], 0.18215),
+    ):
+        assert describe(base, vae=file).specs['vae'].scaling_factor == scaling
 
 
 def test_prediction_type(single_file, tmp_path):
