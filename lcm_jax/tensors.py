@@ -34,6 +34,7 @@ DTYPES = {
     'I64': np.dtype(np.int64),
     'U64': np.dtype(np.uint64),
 }
+POINTER = b'version https://git-lfs'  # what a file of Git LFS begins with until it is fetched
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -115,14 +116,27 @@ def finite(x):
     )
 
 
+def _there(file):
+    """A file's name -> Path. InputError if it is not there, or is what git leaves in its place."""
+    file = Path(file)
+    if not file.is_file():
+        raise InputError(f'no such file: {file}')
+    try:
+        with open(file, 'rb') as f:
+            start = f.read(len(POINTER))
+    except OSError as e:
+        raise InputError(f'cannot read {file}: {e}') from e
+    if start == POINTER:
+        raise InputError(f'{file} is a pointer of Git LFS, not the file: fetch it, `git lfs pull`')
+    return file
+
+
 def open_tensors(file):
     """A .safetensors file -> ({key: Tensor}, metadata); only its header is read.
 
     Reading a tensor that is not finite raises InputError, as does a file that is not whole.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise InputError(f'no such file: {file}')
+    file = _there(file)
     try:
         with safetensors.safe_open(file, framework='np') as f:  # checks the whole header
             metadata = f.metadata() or {}
@@ -188,9 +202,7 @@ def open_pickle(file):
 
     Needs torch, which this package does not; InputError without it, or if there is more than weights.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise InputError(f'no such file: {file}')
+    file = _there(file)
     try:
         torch = importlib.import_module('torch')
     except ImportError as e:

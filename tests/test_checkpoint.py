@@ -162,7 +162,7 @@ def test_ckpt(single_file, expected, tmp_path):
     found |= {'betas': torch.full((3,), torch.inf), 'model_ema.decay': torch.ones(())}
     torch.save({'state_dict': found, 'global_step': 3}, tmp_path / 'model.ckpt')
     same(open_model(tmp_path / 'model.ckpt'), expected)
-    (tmp_path / 'model.ckpt').write_bytes(b'version https://git-lfs')
+    (tmp_path / 'model.ckpt').write_bytes(b'<!DOCTYPE html>')
     with pytest.raises(InputError, match=r'model\.ckpt is not a PyTorch file of weights: '):
         open_model(tmp_path / 'model.ckpt')
 
@@ -425,7 +425,11 @@ def absent_key(folder):
 
 BAD = {
     'truncated': (lambda f: f.write_bytes(f.read_bytes()[:-9]), 'is not a readable safetensors'),
-    'no magic': (lambda f: f.write_bytes(b'version https://git-lfs'), 'is not a readable safeten'),
+    'no magic': (lambda f: f.write_bytes(b'<!DOCTYPE html>'), 'is not a readable safetensors'),
+    'a pointer': (
+        lambda f: f.write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0'),
+        f'{UNET} is a pointer of Git LFS, not the file: fetch it, `git lfs pull`',
+    ),
     'missing': (edit(lambda x: x.pop('conv_in.bias')), '1 missing: conv_in.bias'),
     'unexpected': (
         edit(lambda x: x.update({'conv_inn.bias': x['conv_in.bias']})),
