@@ -178,7 +178,7 @@ def needed(names, source='repository'):
             yield f'{part}/config.json'
             yield f'{part}/{file}'
         if file and file.endswith('.json'):  # an index: all its shards
-            yield f'{part}/*-of-*{Path(file.partition(".index")[0]).suffix}'
+            yield from (f'{part}/{name}' for name in sorted(inside) if shard_of(file, name))
     yield from (name for name in names if name.startswith('tokenizer'))
 
 
@@ -220,6 +220,16 @@ def weights_file(names, source='folder'):
                 if found:
                     return found[0]
     return None
+
+
+def shard_of(index, name):
+    """Whether a file is, by its name, a shard of what this index is of: of the same variant.
+
+    A variant's shards have its name before their numbers or, of older programs, after them.
+    """
+    stem, end, variant = re.fullmatch(r'(\w+)\.(\w+)\.index(\.\w+)?\.json', index).groups('')
+    number, variant = r'-\d+-of-\d+', re.escape(variant)
+    return re.fullmatch(rf'{stem}({variant}{number}|{number}{variant})\.{end}', name)
 
 
 def open_component(folder, default):

@@ -142,7 +142,7 @@ def sample_arguments(p):
     add('prompt')
     add('--out', type=flags.picture_file, default='out.png', help='picture file; default: out.png')
     add('--model', default='emoji', help="'emoji' (the default), a folder, a file or a hub id")
-    add('--vae', help='a model or folder with another VAE, such as TAESD for previews')
+    add('--vae', help='a model, folder or file with another VAE, such as TAESD for previews')
     add('--prediction-type', help='of a file that does not say, e.g. v_prediction')
     add('--dtype', choices=DTYPES, help='default: bfloat16, on CPUs float32')
     add('--vae-dtype', choices=DTYPES, default='float32', help='default: float32')

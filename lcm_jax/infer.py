@@ -11,6 +11,7 @@ from lcm_jax.models.unet import UNetSpec
 from lcm_jax.models.vae import VAESpec
 
 SIZE_DIM = 256  # SDXL: width of each size and crop embedding, which no shape tells
+SCALING = {False: 0.18215, True: 0.13025}  # of a VAE beside an SDXL UNet or another
 HEAD = 64  # width of an attention head, but for SD 1's UNet
 CONTEXT = re.compile(r'(.*)\.transformer_blocks\.0\.attn2\.to_k\.weight')
 
@@ -88,7 +89,7 @@ def vae(shapes, prefix, xl):
         ),
         resnets=shapes.count(f'{down}.0.block'),
         latent_channels=shapes.size(prefix + 'post_quant_conv.weight', 0),
-        scaling_factor=0.13025 if xl else 0.18215,
+        scaling_factor=SCALING[xl],
     )
 
 
@@ -129,38 +130,46 @@ def open_clip(shapes, prefix, projected):
     )
 
 
-def prediction_type(tensors, metadata, prefix, sd2):
+def prediction_type(tensors, metadata, prefix):
     """What the UNet predicts: a key 'v_pred', else the metadata's word, else a guess for SD 2.
 
     The key comes first, as in ComfyUI: metadata may be of a model that the file was merged from.
 
     Nothing in the keys tells SD 2's v-prediction models from its epsilon ones (2-base, 2.1-base and
     inpainting). ComfyUI's rule, which we follow: in 4-channel v-prediction models the bias of the
-    last transformer's first norm has a standard deviation above 0.09.
+    last transformer's first norm has a standard deviation above 0.09. That a UNet of this depth is
+    SD 2's its linear projections tell, with its text encoder in the file or without.
     """
     if 'v_pred' in tensors:
         return 'v_prediction'
     said = metadata.get('modelspec.prediction_type')
     if said in ('v', 'v_prediction', 'epsilon'):
         return 'epsilon' if said == 'epsilon' else 'v_prediction'
-    bias = tensors.get(f'{prefix}output_blocks.11.1.transformer_blocks.0.norm1.bias')
-    guess = sd2 and bias is not None and tensors[f'{prefix}input_blocks.0.0.weight'].shape[1] == 4
-    return 'v_prediction' if guess and np.asarray(bias).std(dtype=float) > 0.09 else 'epsilon'
+    first, last = f'{prefix}input_blocks.0.0.weight', f'{prefix}output_blocks.11.1'
+    keys = first, f'{last}.proj_in.weight', f'{last}.transformer_blocks.0.norm1.bias'
+    if any(key not in tensors for key in keys):
+        return 'epsilon'
+    x, linear, bias = (tensors[key] for key in keys)
+    guess = x.shape[1:2] == (4,) and linear.ndim == 2 and np.asarray(bias).std(dtype=float) > 0.09
+    return 'v_prediction' if guess else 'epsilon'
 
 
-def components(shapes, parts, side=64):
+def components(shapes, parts, kind='epsilon'):
     """{component: Part} of a file -> {component: config.json}, as diffusers would write them.
 
-    side: of the latents that Stable Diffusion 1 and 2 were trained with; SDXL's is 128.
+    kind: what the UNet predicts; SD 2's models of v were trained with larger pictures. A VAE's
+    scaling factor only the UNet beside it tells.
     """
-    out, xl = {}, False
+    out, xl, side = {}, False, 64
     if 'unet' in parts:
         spec = unet(shapes, parts['unet'].prefix)
         xl = bool(spec.size_dim)
-        side = 128 if xl else side
+        side = 128 if xl else 96 if spec.linear_proj and kind == 'v_prediction' else 64
         out['unet'] = configs.unet_config(spec, side)
     if 'vae' in parts:
         out['vae'] = configs.vae_config(vae(shapes, parts['vae'].prefix, xl), 8 * side)
+        if 'unet' not in parts:
+            del out['vae']['scaling_factor']
     for name in ('text_encoder', 'text_encoder_2'):
         if name in parts:
             prefix = parts[name].prefix

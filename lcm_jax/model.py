@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from lcm_jax import infer
 from lcm_jax.checkpoint import INDEX, SCHEDULER, Checkpoint, open_model, open_part
 from lcm_jax.families import Family, check_channels, read_family
 from lcm_jax.scheduler import Schedule, read_schedule
@@ -54,7 +55,8 @@ class Model:
 def describe(name, prediction_type=None, vae=None):
     """A model in any form that `open_model` opens -> Model; reads configs and headers only.
 
-    vae: a model or a folder whose VAE replaces the model's own.
+    vae: a model, folder or file whose VAE replaces the model's own; if it does not say its scaling
+    factor, as files of a VAE alone do not, it has the model's.
     Raises InputError for what is missing, does not fit together or is not supported.
     """
     ckpt = open_model(name, prediction_type)
@@ -64,6 +66,10 @@ def describe(name, prediction_type=None, vae=None):
     if vae is not None:
         sources['vae'] = open_part(vae, 'vae')
     specs = {part: source.spec(part) for part, source in sources.items()}
+    if 'scaling_factor' not in sources['vae'].configs['vae']:
+        usual = infer.SCALING[bool(specs['unet'].size_dim)]
+        own = ckpt.configs.get('vae', {}).get('scaling_factor', usual)
+        specs['vae'] = dataclasses.replace(specs['vae'], scaling_factor=own)
     grid = ckpt.configs['unet'].get('sample_size') or 64
     height, width = grid if isinstance(grid, list) else (grid, grid)
     factor = specs['vae'].factor

@@ -20,8 +20,11 @@ NOTHING = re.compile(
     r'(model_ema|embedding_manager|denoiser)\..*|first_stage_model\.(loss|model_ema)\..*'
     r'|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_\w+'
     r'|lvlb_weights|logvar|scale_factor|v_pred|ztsnr'
-    r'|(.*\.)?(logit_scale|position_ids|attn_mask)|.*transformer\.text_projection\.weight'
+    r'|(.*\.)?(logit_scale|position_ids|attn_mask)'
+    r'|(cond_stage_model|conditioner\.embedders\.0)(\.transformer)?\.text_projection(\.weight)?'
 )
+
+REFINER = 'a refiner of Stable Diffusion XL, which is not supported'
 
 
 class Part(NamedTuple):
@@ -108,15 +111,18 @@ def original_shapes(part, shapes):
 
 
 def unified(found, source):
-    """A file's {key: Tensor} -> the same; SD 2's text encoder in sgm's place (SD-Turbo) is put in its own.
+    """A file's {key: Tensor} -> the same, with all in the places of LAYOUTS.
 
-    Raises InputError for SDXL's refiner, whose encoder is there too.
+    A VAE alone in its file has no prefix, and SD 2's text encoder may be in sgm's place (SD-Turbo). Raises
+    InputError for SDXL's refiner, whose encoder is there too.
     """
+    if 'encoder.down.0.block.0.conv1.weight' in found:
+        return {VAE.prefix + key: x for key, x in found.items()}
     sgm = 'conditioner.embedders.0.model.'
     if not any(key.startswith(sgm) for key in found):
         return found
     if any(key.startswith(f'{UNET.prefix}label_emb.') for key in found):
-        raise InputError(f'{source} is a refiner of Stable Diffusion XL, which is not supported')
+        raise InputError(f'{source} is {REFINER}')
     own = LAYOUTS[SD2]['text_encoder'].prefix
     return {own + k.removeprefix(sgm) if k.startswith(sgm) else k: x for k, x in found.items()}
 
@@ -159,9 +165,8 @@ def describe(found, metadata, source, prediction_type=None):
             )
     else:
         shapes = infer.Shapes({key: x.shape for key, x in found.items()}, source)
-        sd2 = layout == SD2
-        kind = prediction_type or infer.prediction_type(found, metadata, UNET.prefix, sd2)
-        described = infer.components(shapes, parts, 96 if sd2 and kind == 'v_prediction' else 64)
+        kind = prediction_type or infer.prediction_type(found, metadata, UNET.prefix)
+        described = infer.components(shapes, parts, kind)
         model = {
             'configs': described,
             'index': index(described),
@@ -246,8 +251,8 @@ def open_parts(found, layout, parts, shapes, source):
     unused = f'{tower}text_projection', f'{tower}transformer.resblocks.{layers}.'
 
     def needless(key):
-        return NOTHING.fullmatch(key) or (
-            layout == SD2 and key not in want and key.startswith(unused)
+        return key not in want and (
+            NOTHING.fullmatch(key) or (layout == SD2 and key.startswith(unused))
         )
 
     found = weights.cover(want, {k: x for k, x in found.items() if not needless(k)}, source)
@@ -258,8 +263,10 @@ def pack(ckpt, found, texts):
     """A Checkpoint, its components' {diffusers key: Tensor}, texts -> ({key: Tensor}, metadata).
 
     The file says what `describe` would have to guess. texts: {path: text} of a tokenizer that is
-    not CLIP's own.
+    not CLIP's own. Raises InputError for SDXL's refiner, whose names are others.
     """
+    if ckpt.index.get('requires_aesthetics_score'):
+        raise InputError(f'{ckpt.folder} is {REFINER} as a single file')
     configs = {name: ckpt.configs[name] for name in found}
     layout = LAYOUTS[layout_for(configs)]
     out = {}

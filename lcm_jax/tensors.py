@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ DTYPES = {
     'I64': np.dtype(np.int64),
     'U64': np.dtype(np.uint64),
 }
+POINTER = b'version https://git-lfs'  # what a file of Git LFS begins with until it is fetched
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -114,14 +116,27 @@ def finite(x):
     )
 
 
+def _there(file):
+    """A file's name -> Path. InputError if it is not there, or is what git leaves in its place."""
+    file = Path(file)
+    if not file.is_file():
+        raise InputError(f'no such file: {file}')
+    try:
+        with open(file, 'rb') as f:
+            start = f.read(len(POINTER))
+    except OSError as e:
+        raise InputError(f'cannot read {file}: {e}') from e
+    if start == POINTER:
+        raise InputError(f'{file} is a pointer of Git LFS, not the file: fetch it, `git lfs pull`')
+    return file
+
+
 def open_tensors(file):
     """A .safetensors file -> ({key: Tensor}, metadata); only its header is read.
 
     Reading a tensor that is not finite raises InputError, as does a file that is not whole.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise InputError(f'no such file: {file}')
+    file = _there(file)
     try:
         with safetensors.safe_open(file, framework='np') as f:  # checks the whole header
             metadata = f.metadata() or {}
@@ -187,9 +202,7 @@ def open_pickle(file):
 
     Needs torch, which this package does not; InputError without it, or if there is more than weights.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise InputError(f'no such file: {file}')
+    file = _there(file)
     try:
         torch = importlib.import_module('torch')
     except ImportError as e:
@@ -202,7 +215,7 @@ def open_pickle(file):
         zipped = zipfile.is_zipfile(file)  # torch maps these; older files are read as a whole
         found = torch.load(file, map_location='cpu', weights_only=True, mmap=zipped)
     except Exception as e:  # pickle, torch and zip raise many types
-        raise InputError(f'{file} is not a PyTorch file of weights alone: {first_line(e)}') from e
+        raise InputError(_unread(file, e)) from e
     found = found.get('state_dict', found) if isinstance(found, dict) else {}
     tensors = {key: x for key, x in found.items() if isinstance(x, torch.Tensor)}
     if not tensors:
@@ -220,6 +233,19 @@ def open_pickle(file):
         return Tensor(f'{file}: {key}', tuple(x.shape), dtype, read)
 
     return {key: tensor(key, x) for key, x in tensors.items()}
+
+
+def _unread(file, error):
+    """What to say of a pickle that torch's weights-only loader refuses."""
+    if other := re.search(r'GLOBAL (\S+)', str(error)):
+        return (
+            f'{file} holds more than weights ({other[1]}), as training programs such as Lightning '
+            f'save it; what reads such objects may run any code in them, so it is not read. Take a '
+            f'.safetensors file of the model, or, if you trust this one, write its weights alone: '
+            f'`torch.save(torch.load({file.name!r}, weights_only=False)["state_dict"], "weights.ckpt")`'
+        )
+    said = re.search(r'WeightsUnpickler error: (.+)', str(error))
+    return f'{file} is not a PyTorch file of weights: {said[1] if said else first_line(error)}'
 
 
 def read_json(file):

@@ -16,6 +16,9 @@ from lcm_jax import single, tensors, weights
 from lcm_jax.checkpoint import needed, open_model, weights_file
 from lcm_jax.convert import convert
 from lcm_jax.errors import InputError
+from lcm_jax.model import describe
+from lcm_jax.models import zoo
+from lcm_jax.models.shapes import unet_shapes
 from lcm_jax.tensors import read_tensors, write_tensors
 from lcm_jax.tree import named
 
@@ -159,9 +162,27 @@ def test_ckpt(single_file, expected, tmp_path):
     found |= {'betas': torch.full((3,), torch.inf), 'model_ema.decay': torch.ones(())}
     torch.save({'state_dict': found, 'global_step': 3}, tmp_path / 'model.ckpt')
     same(open_model(tmp_path / 'model.ckpt'), expected)
-    torch.save({'x': Path()}, tmp_path / 'model.ckpt')
-    with pytest.raises(InputError, match=r'model\.ckpt is not a PyTorch file of weights alone: '):
+    (tmp_path / 'model.ckpt').write_bytes(b'<!DOCTYPE html>')
+    with pytest.raises(InputError, match=r'model\.ckpt is not a PyTorch file of weights: '):
         open_model(tmp_path / 'model.ckpt')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_ckpt_of_a_whole_run(single_file, expected, tmp_path, monkeypatch, zipped):
+    """It is not unpickled; what the message says to do makes a file that opens."""
+    found = load_file(single_file('sd1'))
+    torch.save(
+        {'state_dict': found, 'callbacks': {Path: Path()}},
+        tmp_path / 'model.ckpt',
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(InputError, match=r'model\.ckpt holds more than weights \(pathlib\.') as e:
+        open_model(tmp_path / 'model.ckpt')
+    said = str(e.value)
+    assert '\n' not in said and 'may run any code' in said
+    monkeypatch.chdir(tmp_path)
+    exec(said.split('`')[1])
+    same(open_model(tmp_path / 'weights.ckpt'), expected)
 
 
 def test_ckpt_without_torch(tmp_path, monkeypatch):
@@ -212,6 +233,25 @@ def test_sd2_files_in_sgm_names(single_file, tiny_folder, tmp_path):
         open_model(tmp_path / 'x.safetensors')
 
 
+@pytest.mark.parametrize('prefix', ['', 'first_stage_model.'])
+def test_a_file_of_a_vae_alone(single_file, tiny_folder, tmp_path, prefix):
+    """As they are shared: without a prefix. It takes the model's scaling factor, which it does not tell."""
+    own, file = 'first_stage_model.', tmp_path / 'vae.safetensors'
+    found, _ = read_tensors(single_file('sdxl'))
+    vae = {prefix + k.removeprefix(own): x for k, x in found.items() if k.startswith(own)}
+    leftovers = {f'{prefix}loss.logvar': np.zeros(()), f'{prefix}model_ema.decay': np.zeros(())}
+    write_tensors(file, vae | leftovers)
+    folder, expected = tiny_folder('sdxl')
+    same(open_model(file), {'vae': expected['vae']})
+    write_tensors(tmp_path / 'x.safetensors', {k: found[k] for k in found if own not in k})
+    for base, scaling in (
+        (folder, 0.13025),
+        (tmp_path / 'x.safetensors', 0.13025),  # which has no VAE
+        (tiny_folder('sd1')[0], 0.18215),
+    ):
+        assert describe(base, vae=file).specs['vae'].scaling_factor == scaling
+
+
 def test_prediction_type(single_file, tmp_path):
     def kind(extra=None, metadata=None, name='sdxl', **options):
         found, _ = read_tensors(single_file(name))
@@ -251,14 +291,25 @@ def test_the_size_of_pictures_of_a_single_file(single_file, tmp_path, name, meta
 
 
 def test_sd2_of_either_kind_is_told_by_a_norm():
-    key = 'model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias'
-    first = {'model.diffusion_model.input_blocks.0.0.weight': np.zeros((8, 4, 3, 3))}
-    from lcm_jax.infer import prediction_type
-
-    for scale, kind in ((0.05, 'epsilon'), (0.2, 'v_prediction')):
-        found = first | {key: np.float16(scale) * np.tile(np.float16([1, -1]), 160)}
-        assert prediction_type(found, {}, 'model.diffusion_model.', True) == kind
-        assert prediction_type(found, {}, 'model.diffusion_model.', False) == 'epsilon'
+    """By the UNet alone: a file may lack its text encoder."""
+    unet = weights.keys(unet_shapes(zoo.MODELS['sd21'].unet))
+    unet = single.original_shapes(single.UNET, unet)
+    prefix, last = 'model.diffusion_model.', 'model.diffusion_model.output_blocks.11.1.'
+    cases = (
+        (0.05, {}, 'epsilon', 64),
+        (0.2, {}, 'v_prediction', 96),
+        (0.2, {f'{prefix}input_blocks.0.0.weight': (320, 9, 3, 3)}, 'epsilon', 64),  # inpainting
+        (0.2, {f'{last}proj_in.weight': (320, 320, 1, 1)}, 'epsilon', 64),  # as SD 1's
+    )
+    for scale, shapes, kind, side in cases:
+        found = {
+            k: tensors.Tensor(k, s, np.dtype(np.float16), None) for k, s in (unet | shapes).items()
+        }
+        bias = np.float16(scale) * np.tile(np.float16([1, -1]), 160)
+        found[f'{last}transformer_blocks.0.norm1.bias'] = tensors.lazy(bias)
+        *_, model = single.describe(found, {}, 'x.safetensors')
+        assert model['scheduler']['prediction_type'] == kind
+        assert model['configs']['unet']['sample_size'] == side
 
 
 # --- placement
@@ -374,7 +425,11 @@ def absent_key(folder):
 
 BAD = {
     'truncated': (lambda f: f.write_bytes(f.read_bytes()[:-9]), 'is not a readable safetensors'),
-    'no magic': (lambda f: f.write_bytes(b'version https://git-lfs'), 'is not a readable safeten'),
+    'no magic': (lambda f: f.write_bytes(b'<!DOCTYPE html>'), 'is not a readable safetensors'),
+    'a pointer': (
+        lambda f: f.write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0'),
+        f'{UNET} is a pointer of Git LFS, not the file: fetch it, `git lfs pull`',
+    ),
     'missing': (edit(lambda x: x.pop('conv_in.bias')), '1 missing: conv_in.bias'),
     'unexpected': (
         edit(lambda x: x.update({'conv_inn.bias': x['conv_in.bias']})),
@@ -529,11 +584,29 @@ def test_hub_downloads_only_what_a_model_needs(hub, monkeypatch, folder):
             'text_encoder/config.json',
             'text_encoder/model.safetensors',
             'tokenizer/vocab.json',
-            'unet/*-of-*.safetensors',
             'unet/config.json',
+            'unet/diffusion_pytorch_model-00001-of-00002.safetensors',
+            'unet/diffusion_pytorch_model-00002-of-00002.safetensors',
             'unet/diffusion_pytorch_model.safetensors.index.json',
             'vae/config.json',
             'vae/diffusion_pytorch_model.bin',
         ]
     )
     assert not set(needed([])) - {'model_index.json', 'scheduler/scheduler_config.json'}
+
+
+def test_shards_of_one_variant_are_downloaded():
+    stem, ends = 'unet/diffusion_pytorch_model', ('00001-of-00002', '00002-of-00002')
+    plain = {f'{stem}-{n}.safetensors' for n in ends} | {f'{stem}.safetensors.index.json'}
+    half = {f'{stem}.fp16-{n}.safetensors' for n in ends}
+    older = {f'{stem}-{n}.fp16.safetensors' for n in ends}
+    indexes = {f'{stem}.safetensors.index.fp16.json'}
+    pickles = {f'{stem}-{n}.bin' for n in ends} | {f'{stem}.bin.index.json'}
+
+    def fetched(*names):
+        return {n for n in needed(set().union(*names)) if n.startswith('unet/diffusion')}
+
+    assert fetched(plain, half, older, indexes, pickles) == plain
+    assert fetched(half, indexes, pickles) == half | indexes
+    assert fetched(older, indexes) == older | indexes
+    assert fetched(pickles) == pickles

@@ -176,6 +176,20 @@ def test_another_tokenizer_travels_in_the_single_file(random_folder, tmp_path):
     assert ours.length == theirs.length
 
 
+def test_a_projection_of_the_text_encoder_is_kept(tiny_folder, tmp_path):
+    """A CLIPTextModelWithProjection in SD 1's place, which other programs' files hold for nothing."""
+    source, file = shutil.copytree(tiny_folder('sd1')[0], tmp_path / 'source'), 'text_encoder/model'
+    found, _ = read_tensors(source / f'{file}.safetensors')
+    found['text_projection.weight'] = np.ones((24, 64), np.float16)
+    write_tensors(source / f'{file}.safetensors', found)
+    config = json.loads((source / 'text_encoder/config.json').read_text())
+    config |= {'architectures': ['CLIPTextModelWithProjection'], 'projection_dim': 24}
+    (source / 'text_encoder/config.json').write_text(json.dumps(config))
+    convert(source, tmp_path / 'x.safetensors')
+    convert(tmp_path / 'x.safetensors', tmp_path / 'back')
+    same_tensors(*(f / f'{file}.safetensors' for f in (source, tmp_path / 'back')))
+
+
 def test_what_has_no_place_in_a_single_file_is_said(tmp_path):
     said = convert('emoji', tmp_path / 'x.safetensors')
     assert said.endswith('text_encoder; that form has no place for image_encoder')
@@ -229,6 +243,19 @@ def test_all_or_nothing(canonical, tmp_path, damage, said, out):
     with pytest.raises(InputError, match=said):
         convert(source, tmp_path / out)
     assert {p.name for p in tmp_path.iterdir()} <= {'source'}
+
+
+def test_a_refiner_is_no_single_file(tiny_folder, tmp_path):
+    source = shutil.copytree(tiny_folder('sdxl')[0], tmp_path / 'source')
+    index = json.loads((source / 'model_index.json').read_text())
+    index |= {'text_encoder': [None, None], 'requires_aesthetics_score': True}
+    (source / 'model_index.json').write_text(json.dumps(index))
+    shutil.rmtree(source / 'text_encoder')
+    with pytest.raises(
+        InputError, match='source is a refiner of Stable Diffusion XL, which is not'
+    ):
+        convert(source, tmp_path / 'x.safetensors')
+    assert [p.name for p in tmp_path.iterdir()] == ['source']
 
 
 def test_forms_and_targets_that_cannot_be(canonical, tmp_path):

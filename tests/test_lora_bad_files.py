@@ -117,13 +117,15 @@ NAN = 'holds values that are not finite'
         *(
             (
                 rename(f'{TO_Q}.lora_up.weight', f'{stem}.{leaf}'),
-                rf'is a {method} file \(1 tensors such as .*not supported; nothing was loaded',
+                rf'holds {method} \(1 tensors such as .*not supported .*; nothing was loaded',
             )
             for stem, leaf, method in (
                 (TO_Q, 'dora_scale', 'DoRA'),
                 (TO_Q, 'lora_magnitude_vector', 'DoRA'),
                 (TO_Q, 'oft_blocks', 'OFT'),
-                (TO_Q, 'diff', 'full-difference'),
+                (TO_Q, 'diff', 'full differences'),
+                ('bundle_emb.cat', 'string_to_param', 'textual inversion'),
+                ('model.diffusion_model.time_embed', '0.weight', 'a whole model'),
                 ('unet.mid_block.attentions.0', 'hada_w1_a.default', 'LoHa'),
             )
         ),

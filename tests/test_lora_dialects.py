@@ -121,3 +121,16 @@ def test_a_lora_for_another_base_is_refused(dialect, mine, model):
     said = str(e.value)
     assert said.startswith('my.safetensors: ') and '\n' not in said and len(said) < 1200
     assert f'it looks like a LoRA for {FAMILY[mine]}; nothing was loaded' in said
+
+
+@pytest.mark.parametrize('method', ['lora', 'lokr'])
+def test_the_family_of_self_attention_alone(method):
+    """It reads no text, whose width tells the others."""
+    leaves = {'lora': ('lora_down.weight', 'lora_up.weight'), 'lokr': ('lokr_w1', 'lokr_w2')}[
+        method
+    ]
+    for model, name in {**FAMILY, 'sd15': 'unknown', 'sd21': 'unknown'}.items():
+        modules = [m for *_, m, _ in adapted({'unet': full_size(model)['unet']}) if '.attn1.' in m]
+        stems = ['lora_unet_' + module.replace('.', '_') for module in modules]
+        keys = [f'{stem}.{leaf}' for stem in stems for leaf in leaves]
+        assert family(dict.fromkeys(keys, np.ones((1, 1)))) == name

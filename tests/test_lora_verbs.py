@@ -165,14 +165,14 @@ def test_a_converted_file_accelerates_as_it_did(random_folder, lora_file, tmp_pa
         assert open_tensors(out)[1].get('lcm_jax.accelerates') == marked
 
 
-def test_merge_keeps_small_updates(tmp_path):
+def test_small_updates_are_kept(tmp_path):
     """Of alpha 1 and rank 128, as kohya's trainer has it: what is stored would be subnormal."""
     models, rng = verbs.models_of('emoji'), np.random.default_rng(0)
     kernels = {p: w for p, w in named(models['unet']) if p.endswith('attn1/to_q/kernel')}
     adapter = {
         path: {
             'down': rng.normal(size=(w.shape[0], 128)).astype(np.float32) / 11,
-            'up': rng.normal(size=(128, w.shape[1])).astype(np.float32) * 1e-5,
+            'up': rng.normal(size=(128, w.shape[1])).astype(np.float32) * 2e-6,
         }
         for path, w in kernels.items()
     }
@@ -180,6 +180,12 @@ def test_merge_keeps_small_updates(tmp_path):
     verbs.merge_loras([(tmp_path / 'a.safetensors', 0.1)], tmp_path / 'b.safetensors')
     a, b = (deltas(tmp_path / f'{name}.safetensors', models) for name in 'ab')
     assert relative(b, {key: 0.1 * x for key, x in a.items()}) < 1e-3
+    mixed, metadata = read_tensors(tmp_path / 'a.safetensors')
+    mixed[min(key for key in mixed if key.endswith('.alpha'))] *= 4  # the new file's are its rank
+    write_tensors(tmp_path / 'c.safetensors', mixed, metadata)
+    verbs.convert_lora(tmp_path / 'c.safetensors', tmp_path / 'd.safetensors')
+    c, d = (deltas(tmp_path / f'{name}.safetensors', models) for name in 'cd')
+    assert relative(d, c) < 1e-3
 
 
 def test_merge_is_the_exact_sum(random_folder, models, tmp_path):

@@ -168,7 +168,7 @@ def test_keys_that_hold_nothing():
         'model_ema.decay model_ema.diffusion_modelinput_blocks00weight v_pred ztsnr '
         'first_stage_model.loss.discriminator.main.0.weight cond_stage_model.model.logit_scale '
         'cond_stage_model.transformer.text_model.embeddings.position_ids '
-        'conditioner.embedders.0.transformer.text_projection.weight'
+        'conditioner.embedders.0.transformer.text_projection.weight cond_stage_model.text_projection'
     )
     assert all(single.NOTHING.fullmatch(key) for key in f'{schedule} {others}'.split())
     for key in ('edm_mean', 'cond_stage_model.model.text_projection', 'model.betas_x', 'beta'):

@@ -103,21 +103,20 @@ WRITTEN = {  # dialect -> the roles that are tensors of the file; peft's alpha i
     'peft': ('down', 'up'),
 }
 
-# Part of a key -> a method that is no row above: its update is another function.
-OTHER_METHODS = {
-    'dora_scale': 'DoRA',
-    'lora_magnitude_vector': 'DoRA',
-    'lora_B.bias': 'LoRA with biases',
+# Regex of a part of a key -> what is no row above: its update is another function, or there is none.
+OTHERS = {
+    'dora_scale|lora_magnitude_vector': 'DoRA',
+    r'lora_B\.bias': 'LoRA with biases',
     'hada_': 'LoHa',
     'lokr_': 'LoKr',
-    'oft_': 'OFT',
     'boft_': 'BOFT',
-    'ia3_': 'IA3',
-    'on_input': 'IA3',
-    '.a1.weight': 'GLoRA',
-    '.diff': 'full-difference',
-    'w_norm': 'LyCORIS norm',
-    'b_norm': 'LyCORIS norm',
+    'oft_': 'OFT',
+    'ia3_|on_input': 'IA3',
+    r'\.a1\.weight': 'GLoRA',
+    r'\.diff(_b)?$': 'full differences',
+    '[wb]_norm': 'norms of LyCORIS',
+    r'^(bundle_emb\.|emb_params$|clip_[lg]$)': 'textual inversion',
+    r'^(model\.diffusion_model|first_stage_model)\.': 'a whole model',
 }
 
 

@@ -22,12 +22,15 @@ def family(tensors):
     context, names = set(), set()
     for key, x in tensors.items():
         part = next(dialects.parts(key), None)
-        if part is None or part.component != 'unet' or part.role not in ('down', 'hada_w1_b'):
+        if part is None or part.component != 'unet':
             continue
         name = part.name.replace('.', '_')
         names.add(f'{name}_')
-        if re.search(r'attn2_(processor_)?to_[kv]$', name) and x.ndim > 1:
+        reads = part.role in ('down', 'hada_w1_b') and x.ndim > 1
+        if reads and re.search(r'attn2_(processor_)?to_[kv]$', name):
             context.add(x.shape[1])
+    if not context and any('transformer_blocks_1_' in name for name in names):
+        context = {2048}  # a second block in a transformer is SDXL's and its kin's alone
     base = CONTEXT.get(context.pop(), 'unknown') if len(context) == 1 else 'unknown'
     if base == 'SDXL' and not any(map(SDXL_ONLY.match, names)):
         whole = all(any(re.match(part, name) for name in names) for part in (DEEP, SHARED))

@@ -1,5 +1,6 @@
 """Read and write LoRA files: all of a file is placed on the model's modules, or none of it."""
 
+import re
 from collections import defaultdict
 
 import jax.numpy as jnp
@@ -124,12 +125,12 @@ def _pair(up, down, shape, perm):
 
 def _strange(unknown, keys, known, source):
     """What to say of keys that belong to no module."""
-    for part, method in dialects.OTHER_METHODS.items():
-        those = [key for key in unknown if part in key]
+    for pattern, other in dialects.OTHERS.items():
+        those = [key for key in unknown if re.search(pattern, key)]
         if those:
             return (
-                f'{source} is a {method} file ({len(those)} tensors such as {those[0]}), which is '
-                f'not supported; nothing was loaded'
+                f'{source} holds {other} ({len(those)} tensors such as {those[0]}), which is '
+                f'not supported in a LoRA file; nothing was loaded'
             )
     return (
         f'{source}: {listing(unknown, len(keys), "tensors belong to no module of this model")} '

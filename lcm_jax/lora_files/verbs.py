@@ -27,8 +27,9 @@ def convert_lora(file, out, model='emoji', dialect=None):
     """Write a LoRA file for `model` in another dialect, by default the model family's own.
 
     float16 stays float16, anything else becomes float32; alpha stays what it is, or becomes the
-    rank where modules differ in it. What accelerates is marked so in the metadata. Raises InputError
-    if `out` is no .safetensors name or exists, or the file does not fit the model.
+    rank where modules differ in it, with factors of like size. What accelerates is marked so in the
+    metadata. Raises InputError if `out` is no .safetensors name or exists, or the file does not fit
+    the model.
     """
     _accept(out)
     models = models_of(model)
@@ -42,7 +43,10 @@ def convert_lora(file, out, model='emoji', dialect=None):
         if 'alpha' in roles and methods.ranked(roles)
     }
     alphas |= {float(v) for key, v in config.items() if key.endswith('lora_alpha') and v}
-    alpha = alphas.pop() if len(alphas) == 1 else _rank(adapters)
+    patterns = [x or {} for key, x in config.items() if key.endswith('alpha_pattern')]
+    alphas |= {float(v) for pattern in patterns for v in pattern.values()}
+    one = len(alphas) == 1
+    adapters, alpha = (adapters, *alphas) if one else (_balanced(adapters), _rank(adapters))
     kept = {key: value for key, value in metadata.items() if not key.startswith(ANEW)}
     half = all(x.dtype == np.float16 for x in tensors.values())
     write_lora(
@@ -95,10 +99,7 @@ def merge_loras(terms, out, model='emoji', rank=None, dialect=None):
         norms = [algebra.norm(ab) for adapter in sums.values() for ab in adapter.values()]
         sums, errors = _each(functools.partial(algebra.truncated, rank=rank), sums)
         said = f', relative error {algebra.relative(errors, norms):.2e}'
-    sums = {
-        part: {path: algebra.balanced(ab) for path, ab in adapter.items()}
-        for part, adapter in sums.items()
-    }
+    sums = _balanced(sums)
     write_lora(out, sums, models, alpha=_rank(sums), dialect=dialect, metadata=_mark(fast))
     return f'wrote {out}: {_count(sums)}, rank {_rank(sums)}{said}'
 
@@ -154,6 +155,14 @@ def _each(fn, adapters):
             out[part][path], error = fn(ab)
             errors.append(error)
     return out, errors
+
+
+def _balanced(adapters):
+    """{component: adapter} -> the same updates, by factors that half precision holds."""
+    return {
+        part: {path: algebra.balanced(ab) for path, ab in adapter.items()}
+        for part, adapter in adapters.items()
+    }
 
 
 def _mark(fast):
