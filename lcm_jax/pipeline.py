@@ -240,9 +240,9 @@ class Pipeline:
             name: x if len(x) == 1 else np.repeat(x, count, 0)
             for name, x in request.pictures(image, mask, size, unet, vae, pure).items()
         }
-        kind, short = self.schedule.prediction_type, bool(steps < samplers.SHORT and times[-1] == 0)
+        kind, low_end = self.schedule.prediction_type, samplers.low_end(steps, times)
         drawn, finite = draw(
-            Plan(unet, vae, kind, sampler, short, _platform(self.mesh), self.mesh),
+            Plan(unet, vae, kind, sampler, low_end, _platform(self.mesh), self.mesh),
             {part: self.merged[part] for part in ('unet', 'vae')},
             self.schedule.abar,
             *on_mesh(self.mesh, rows, pictures),

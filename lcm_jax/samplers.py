@@ -162,7 +162,7 @@ SPACINGS = {'leading': leading, 'trailing': trailing, 'linspace': linspace, 'lcm
 class Sampler(NamedTuple):
     """A solver with the times that its reference implementation gives it."""
 
-    solver: Callable  # whether there are fewer than SHORT steps -> Solver
+    solver: Callable  # whether `low_end` -> Solver
     spacing: str
     end: int  # the last target time: CLEAN or 0
     drop: int = 0  # points left out at the clean end: DPM-Solver spaces n + 1 of them and drops one
@@ -170,16 +170,14 @@ class Sampler(NamedTuple):
     distilled: bool = False  # of LCMs: these know their times, and have guidance in their weights
 
 
-SHORT = 15  # steps, from which DPM-Solver's last one, if it ends at time 0, is of second order too
-
 # SD's configuration of diffusers' schedulers: set_alpha_to_one=False, steps_offset=1; SDXL's is
 # 'euler'. Its noise of variance 1 is diffusers' for `leading` (other spacings: sigma_max there).
 SAMPLERS = {
-    'ddim': Sampler(lambda short: ddim(), 'leading', 0),
-    'dpm': Sampler(lambda short: dpm_solver(first_order_end=short), 'linspace', 0, 1),
-    'dpm++': Sampler(lambda short: dpm_solver_pp(first_order_end=short), 'linspace', CLEAN, 1),
-    'euler': Sampler(lambda short: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
-    'lcm': Sampler(lambda short: lcm(), 'lcm', CLEAN, steps=4, distilled=True),
+    'ddim': Sampler(lambda low: ddim(), 'leading', 0),
+    'dpm': Sampler(lambda low: dpm_solver(first_order_end=low), 'linspace', 0, 1),
+    'dpm++': Sampler(lambda low: dpm_solver_pp(first_order_end=low), 'linspace', CLEAN, 1),
+    'euler': Sampler(lambda low: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
+    'lcm': Sampler(lambda low: lcm(), 'lcm', CLEAN, steps=4, distilled=True),
 }
 
 
@@ -232,6 +230,14 @@ def custom_times(sampler, timesteps, total=1000, n=None, *, end=None):
             f'steps = {n} but {len(points)} timesteps are given; leave one of them out'
         )
     return np.append(points, row.end if end is None else end).astype(np.int32)
+
+
+def low_end(n, times):
+    """Whether DPM-Solver's step to time 0 is of first order, as in diffusers: the last of fewer than 15.
+
+    n: the number of steps without regard to strength. A step to 0 that another follows is not the last.
+    """
+    return bool(n < 15 and times[-2] > times[-1] == 0)
 
 
 def fresh(keys):
