@@ -198,7 +198,8 @@ class Pipeline:
         text encoder left out for the prompt (diffusers' meaning).
 
         image: PIL image, or one per prompt, to start from: noised by `strength` (above 0, at most
-        1; default 0.8), which leaves out the first steps, or for 'lcm' the times above it.
+        1; default 0.8), which leaves out the first steps, also of `timesteps`; those that 'lcm'
+        chooses itself are as many, below it.
         mask: PIL image, or one per prompt: only where it is light `image` is drawn anew (strength
         1 by default).
 
@@ -224,7 +225,7 @@ class Pipeline:
         unet, vae = self.specs['unet'], self.specs['vae']
         fast = any(a.accelerates and a.scale for a in self.adapters.values())
         sampler, guidance, guided = self.manner(sampler, guidance, negative, fast)
-        strength, pure = request.start(image, mask, strength, timesteps, takes_mask(unet, vae))
+        strength, pure = request.start(image, mask, strength, takes_mask(unet, vae))
         steps, times = self._times(sampler, steps, timesteps, spacing, strength)
         image, mask = (
             images.as_list(x, len(prompts), what) for x, what in ((image, 'image'), (mask, 'mask'))
@@ -272,8 +273,8 @@ class Pipeline:
             return steps, self.schedule.times(sampler, steps, spacing, strength)
         if spacing is not None:
             raise InputError(f'spacing {spacing!r} beside timesteps; leave one of them out')
-        times = self.schedule.custom_times(sampler, timesteps, steps)
-        return len(times) - 1, times
+        times = self.schedule.custom_times(sampler, timesteps, steps, strength)
+        return len(timesteps), times
 
     def _noise(self, seed, first, shape, latents):
         """-> {'keys' [N], 'noise' [N,h,w,C]}: each picture's own, whatever the batch."""

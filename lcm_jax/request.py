@@ -41,10 +41,10 @@ def manner(sampler, guidance, negative, *, fast, embedded, default, told=None):
     return sampler, float(guidance), guided
 
 
-def start(image, mask, strength, timesteps, needs_mask):
+def start(image, mask, strength, needs_mask):
     """-> strength with its default, and whether to start from noise alone.
 
-    Raises InputError if something acts on what is not given.
+    Raises InputError if something acts on what is not given, or strength is out of range.
     """
     if needs_mask and mask is None:
         raise InputError('this UNet is made for inpainting: give an image and a mask')
@@ -52,11 +52,11 @@ def start(image, mask, strength, timesteps, needs_mask):
         raise InputError('a mask without an image; give both to inpaint')
     if strength is not None and image is None:
         raise InputError(f'strength = {strength} without an image')
-    if strength is not None and timesteps is not None:
-        raise InputError(f'strength = {strength} beside timesteps; leave one of them out')
     if strength is None:
-        strength = 0.8 if image is not None and mask is None and timesteps is None else 1.0
-    return strength, mask is not None and strength == 1 and timesteps is None
+        strength = 0.8 if image is not None and mask is None else 1.0
+    if not 0 < strength <= 1:
+        raise InputError(f'strength = {strength}; a number above 0, at most 1')
+    return strength, mask is not None and strength == 1
 
 
 def picture_size(image, factor):

@@ -185,9 +185,9 @@ def times(sampler, n, total=1000, spacing=None, *, offset=1, end=None, strength=
     """Sampler name and number of steps -> [m+1] int32 times, falling, ending at the sampler's end.
 
     spacing: a key of SPACINGS, end: CLEAN or 0, in place of the sampler's own; offset is that of
-    `leading`. strength < 1 starts from a noised picture: the last m = int(n strength) steps
-    (diffusers `get_timesteps`), or all n at the LCM's times below it (see `lcm_spacing`).
-    Raises InputError for an unknown name and for a number of steps or strength outside the range.
+    `leading`. strength < 1 starts from a noised picture: the steps that `latest` leaves, or all n
+    at the LCM's times below it (see `lcm_spacing`).
+    Raises InputError for an unknown name and for a number of steps outside the range.
     """
     row = choose('sampler', sampler, SAMPLERS)
     spacing = spacing or row.spacing
@@ -197,23 +197,29 @@ def times(sampler, n, total=1000, spacing=None, *, offset=1, end=None, strength=
     most = DISTILLED_STEPS if spacing == 'lcm' else total - 1 - drop * (spacing == 'leading')
     if not (isinstance(n, (int, np.integer)) and 1 <= n <= most):
         raise InputError(f'steps = {n!r}; {sampler} takes a whole number from 1 to {most}')
-    if not 0 < strength <= 1:
-        raise InputError(f'strength = {strength}; a number above 0, at most 1')
     extra = {'leading': {'offset': offset}, 'lcm': {'strength': strength}}.get(spacing, {})
     chosen = points(n + drop, total, **extra)[:n]
     if spacing != 'lcm':
-        chosen = chosen[n - int(n * strength) :]
-    if not len(chosen):
+        chosen = latest(chosen, strength)
+    return np.append(chosen, row.end if end is None else end).astype(np.int32)
+
+
+def latest(points, strength):
+    """n falling times -> the last int(n strength) of them (diffusers `get_timesteps`); InputError if none."""
+    n = len(points)
+    left = int(n * strength)
+    if not left:
         raise InputError(
             f'strength {strength} of {n} steps leaves none; give a strength of at least '
             f'{np.ceil(1e4 / n) / 1e4:g}, or at least {int(np.ceil(1 / strength))} steps'
         )
-    return np.append(chosen, row.end if end is None else end).astype(np.int32)
+    return points[n - left :]
 
 
-def custom_times(sampler, timesteps, total=1000, n=None, *, end=None):
-    """The user's own falling timesteps -> [N+1] int32 times with the sampler's end, or `end`.
+def custom_times(sampler, timesteps, total=1000, n=None, *, end=None, strength=1.0):
+    """The user's own falling timesteps -> [m+1] int32 times with the sampler's end, or `end`.
 
+    strength < 1 starts from a noised picture, at those that `latest` leaves.
     Raises InputError unless they fall strictly within 0..total-1 and number `n`, if that is given.
     """
     row = choose('sampler', sampler, SAMPLERS)
@@ -229,7 +235,7 @@ def custom_times(sampler, timesteps, total=1000, n=None, *, end=None):
         raise InputError(
             f'steps = {n} but {len(points)} timesteps are given; leave one of them out'
         )
-    return np.append(points, row.end if end is None else end).astype(np.int32)
+    return np.append(latest(points, strength), row.end if end is None else end).astype(np.int32)
 
 
 def low_end(n, times):

@@ -138,6 +138,7 @@ def draw_theirs(
         ('original_size', 'original_size'),
         ('crop', 'crops_coords_top_left'),
         ('target_size', 'target_size'),
+        ('timesteps', 'timesteps'),
     ):
         if mine in options:
             arguments[other] = options[mine]
@@ -161,6 +162,7 @@ def draw_theirs(
 
 
 SIZES = {'original_size': (24, 56), 'crop': (2, 4), 'target_size': (40, 16)}
+OWN = [801, 501, 90, 0]  # a user's own times
 IMAGE = {'image': picture(0), 'strength': 0.7}
 MASK = {'image': picture(0), 'mask': blob(), 'size': (16, 16)}
 
@@ -180,6 +182,8 @@ MASK = {'image': picture(0), 'mask': blob(), 'size': (16, 16)}
         ('sd', 'inpaint', 'dpm++', {'guidance': 1.0, **MASK, 'strength': 0.7}),
         ('sd', 'inpaint', 'euler', {'guidance': 7.5, 'negative': 'sad', **MASK, 'strength': 0.7}),
         ('sd', 'inpaint', 'lcm', {'guidance': 1.0, **MASK, 'strength': 0.7}),
+        ('sd', 'image', 'dpm++', {'guidance': 7.5, 'timesteps': OWN, **IMAGE}),
+        ('sd', 'inpaint', 'lcm', {'guidance': 1.0, 'timesteps': OWN, **MASK, 'strength': 1.0}),
         ('sd2', 'text', 'ddim', {'guidance': 7.5}),
         ('sd2', 'image', 'euler', {'guidance': 7.5, **IMAGE}),
         ('inpaint', 'inpaint', 'ddim', {'guidance': 7.5, **MASK, 'strength': 1.0}),
@@ -529,7 +533,7 @@ def test_half_precision_draws_finite_pictures(both):
             {**IMAGE, 'strength': 0.1, 'steps': 6, 'sampler': 'lcm'},
             '6 LCM steps; at most 5 at strength 0.1',
         ),
-        ('sd', {**IMAGE, 'timesteps': [500]}, 'strength = 0.7 beside timesteps'),
+        ('sd', {**IMAGE, 'timesteps': [500]}, r'strength 0\.7 of 1 steps leaves none'),
         ('sd', {'timesteps': [500], 'spacing': 'trailing'}, "spacing 'trailing' beside timesteps"),
         ('sd', {'guidance': float('nan')}, 'guidance = nan; a number of 0 or more'),
         ('sd', {'mask': blob()}, 'a mask without an image'),
