@@ -201,7 +201,7 @@ class Pipeline:
         1; default 0.8), which leaves out the first steps, also of `timesteps`; those that 'lcm'
         chooses itself are as many, below it.
         mask: PIL image, or one per prompt: only where it is light `image` is drawn anew (strength
-        1 by default).
+        1 by default). What is transparent is white in an image, black in a mask.
 
         sampler: a key of samplers.SAMPLERS; steps: how many network steps; spacing: a key of
         samplers.SPACINGS, or timesteps: falling list of ints, in place of the sampler's own.
@@ -227,9 +227,8 @@ class Pipeline:
         sampler, guidance, guided = self.manner(sampler, guidance, negative, fast)
         strength, pure = request.start(image, mask, strength, takes_mask(unet, vae))
         steps, times = self._times(sampler, steps, timesteps, spacing, strength)
-        image, mask = (
-            images.as_list(x, len(prompts), what) for x, what in ((image, 'image'), (mask, 'mask'))
-        )
+        image = images.as_list(image, len(prompts), 'image')
+        mask = images.as_list(mask, len(prompts), 'mask', 'black')  # what is transparent is kept
         size = size or (request.picture_size(image, vae.factor) if image else self.size)
         rows = self._noise(seed, first, (n, *self.latent_shape(size)), latents)
         sizes = self.sizes(size, original_size, crop, target_size)

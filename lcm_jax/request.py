@@ -66,7 +66,7 @@ def picture_size(image, factor):
 
 
 def pictures(image, mask, size, unet, vae, pure):
-    """Lists of PIL images, or None -> what `draw.draw` takes as pictures of `size`, in numpy."""
+    """Lists as of `images.as_list`, or None -> what `draw.draw` takes as pictures of `size`, in numpy."""
     if image is None:
         return {}
     picture = np.stack([images.picture(x, size) for x in image])

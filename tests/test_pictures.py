@@ -539,6 +539,7 @@ def test_half_precision_draws_finite_pictures(both):
         ('sd', {'mask': blob()}, 'a mask without an image'),
         ('sd', {'image': 'cat.png'}, 'image is a str; give a PIL image'),
         ('sd', {'image': [picture(0)] * 3}, '3 images for 2 prompts'),
+        ('sd', {'image': picture(0), 'mask': blob().convert('F')}, 'a picture of mode F, of no kn'),
         ('sd', {'image': picture(0, 1, 9)}, 'size 8 x 0: both must be multiples of 2 px'),
         ('sd', {'original_size': (16, 16)}, 'told to SDXL models only'),
         ('sd', {'clip_skip': 3}, 'clip_skip = 3; this model takes 0 to 2'),
