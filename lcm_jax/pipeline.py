@@ -207,7 +207,8 @@ class Pipeline:
         samplers.SPACINGS, or timesteps: falling list of ints, in place of the sampler's own.
         guidance has diffusers' meaning (1: none). The default is 'lcm' with 4 steps and guidance 1
         if an acceleration LoRA is loaded or the model is an LCM (one that takes guidance as an
-        input: the family's), 'ddim' with 50 steps and the family's guidance otherwise.
+        input: 8.5, or the middle of what it learnt), 'ddim' with 50 steps and the family's guidance
+        otherwise.
 
         size: (height, width) px; default the image's, rounded down to what fits, or the model's.
         original_size, crop, target_size: SDXL's micro-conditioning; default size, (0, 0), size.
@@ -255,14 +256,15 @@ class Pipeline:
 
     def manner(self, sampler, guidance, negative, fast):
         """`request.manner` of this model; fast: whether an acceleration LoRA takes part."""
+        family, embedded = self.family, bool(self.specs['unet'].w_dim)
         return request.manner(
             sampler,
             guidance,
             negative,
             fast=fast or self.schedule.few_steps,
-            embedded=bool(self.specs['unet'].w_dim),
-            default=self.family.guidance,
-            told=self.family.told,
+            embedded=embedded,
+            default=family.embedded if embedded else family.guidance,
+            told=family.told,
         )
 
     def _times(self, sampler, steps, timesteps, spacing, strength):

@@ -559,6 +559,15 @@ def test_a_negative_prompt_beside_embedded_guidance_warns(both):
         ours(PROMPTS, negative='sad', steps=4)  # by default as the family draws: lcm
 
 
+@pytest.mark.parametrize(('model', 'usual'), [('sd', 7.5), ('sdxl', 5.0)])
+def test_a_full_lcm_has_one_default_of_guidance_whatever_its_class(both, model, usual):
+    ours, _ = both(model)
+    assert ours.manner(None, None, None, False) == ('ddim', usual, True)
+    unet = dataclasses.replace(ours.specs['unet'], w_dim=8)
+    lcm = dataclasses.replace(ours, specs=ours.specs | {'unet': unet})
+    assert lcm.manner(None, None, None, False) == ('lcm', 8.5, False)
+
+
 def test_a_long_prompt_is_cut_aloud(both):
     ours, theirs = both('sdxl')
     long = 'red heart ' * 20
