@@ -88,8 +88,7 @@ class Pipeline:
         parts = self.family.text_encoders
         specs = tuple(self.specs[part] for part in parts)
         most = min(spec.layers for spec in specs) - len(specs)
-        if not 0 <= clip_skip <= most:
-            raise InputError(f'clip_skip = {clip_skip}; this model takes 0 to {most}')
+        clip_skip = request.whole('clip_skip', clip_skip, 0, most)
         ids = tuple(tokenizer(prompts, truncate) for tokenizer in self.tokenizers)
         return encode_text(specs, tuple(self.merged[part] for part in parts), ids, clip_skip)
 
@@ -218,11 +217,10 @@ class Pipeline:
         InputError for what is out of range and for pictures that are not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise InputError('nothing to draw: give a prompt, or a list of them')
+        count = request.whole('count', count, 1)
         n = len(prompts) * count
-        if not prompts or count < 1:
-            raise InputError(
-                f'nothing to draw: {len(prompts)} prompts, count = {count}; both must be 1 or more'
-            )
         unet, vae = self.specs['unet'], self.specs['vae']
         fast = any(a.accelerates and a.scale for a in self.adapters.values())
         sampler, guidance, guided = self.manner(sampler, guidance, negative, fast)
@@ -279,9 +277,10 @@ class Pipeline:
 
     def _noise(self, seed, first, shape, latents):
         """-> {'keys' [N], 'noise' [N,h,w,C]}: each picture's own, whatever the batch."""
-        if not 0 <= seed < 2**32:
-            raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
-        keys = _keys(np.uint32(seed), np.uint32(first), shape[0])
+        seed, first = (
+            np.uint32(request.whole(name, x)) for name, x in (('seed', seed), ('first', first))
+        )
+        keys = _keys(seed, first, shape[0])
         if latents is None:
             latents = samplers.fresh(keys)(len(self.schedule.abar), shape)  # a number no step has
         elif np.shape(latents) != shape:

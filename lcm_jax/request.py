@@ -1,5 +1,6 @@
 """What a user asks of a pipeline, checked and completed: sampler, guidance, strength, pictures."""
 
+import operator
 import warnings
 
 import numpy as np
@@ -8,6 +9,17 @@ from lcm_jax import images
 from lcm_jax.errors import InputError, choose
 from lcm_jax.families import takes_mask
 from lcm_jax.samplers import SAMPLERS
+
+
+def whole(name, value, least=0, most=2**32 - 1):
+    """An argument -> int; InputError unless it is one in that range."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise InputError(f'{name} = {value!r}; a whole number from {least} to {most}')
+    return number
 
 
 def manner(sampler, guidance, negative, *, fast, embedded, default, told=None):

@@ -285,8 +285,13 @@ def test_latents_timesteps_and_size(pipe):
             {'sampler': 'dpm+'},
             r"unknown sampler 'dpm\+' \(did you mean 'dpm\+\+'\?\); one of: ddim",
         ),
-        ({'count': 0}, 'nothing to draw: 1 prompts, count = 0'),
+        ({'count': 0}, 'count = 0; a whole number from 1 to'),
         ({'seed': -1}, 'seed = -1; a whole number from 0 to 4294967295'),
+        ({'seed': 3.9}, r'seed = 3\.9; a whole number'),
+        ({'seed': None}, 'seed = None; a whole number'),
+        ({'first': -1}, 'first = -1; a whole number from 0 to 4294967295'),
+        ({'first': 0.5}, r'first = 0\.5; a whole number'),
+        ({'clip_skip': 1.0}, r'clip_skip = 1\.0; a whole number from 0 to 1'),
     ):
         with pytest.raises(InputError, match=said):
             draw(**bad)
