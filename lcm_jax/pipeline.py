@@ -139,7 +139,7 @@ class Pipeline:
 
     def set_scale(self, name, scale):
         """Change the scale of a loaded LoRA; nothing is compiled anew."""
-        self.adapters[name] = choose('LoRA', name, self.adapters)._replace(scale=scale)
+        self.adapters[name] = adapters.scaled(choose('LoRA', name, self.adapters), scale)
         self._remerge()
 
     def remove_lora(self, name):

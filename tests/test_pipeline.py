@@ -190,6 +190,12 @@ def test_loras_come_and_go(pipe, lora_file):
         pipe.set_scale('stile', 1.0)
     with pytest.raises(InputError, match="'style' is loaded already"):
         pipe.add_lora(lora_file)
+    for scale in (None, 'half', float('nan'), np.ones(2)):  # nothing changes
+        with pytest.raises(InputError, match=r'scale .* of a LoRA; give a number'):
+            pipe.set_scale('style', scale)
+        with pytest.raises(InputError, match=r'scale .* of a LoRA; give a number'):
+            pipe.set_loras([(lora_file, scale)])
+    assert (draw() == styled).all()
     pipe.remove_lora('style')
     pipe.remove_lora('twice')
     assert (draw() == plain).all()
