@@ -228,6 +228,11 @@ class Pipeline:
         steps, times = self._times(sampler, steps, timesteps, spacing, strength)
         image = images.as_list(image, len(prompts), 'image')
         mask = images.as_list(mask, len(prompts), 'mask', 'black')  # what is transparent is kept
+        size, original_size, crop, target_size = map(
+            request.sides,
+            ('size', 'original_size', 'crop', 'target_size'),
+            (size, original_size, crop, target_size),
+        )
         size = size or (request.picture_size(image, vae.factor) if image else self.size)
         rows = self._noise(seed, first, (n, *self.latent_shape(size)), latents)
         sizes = self.sizes(size, original_size, crop, target_size)

@@ -22,6 +22,15 @@ def whole(name, value, least=0, most=2**32 - 1):
     return number
 
 
+def sides(name, value):
+    """A pair of whole numbers, heights first -> (int, int); None stays. InputError for anything else."""
+    if value is None:
+        return None
+    if np.shape(value) != (2,):
+        raise InputError(f'{name} = {value!r}; two numbers, heights first')
+    return tuple(whole(f'a number of {name}', x) for x in value)
+
+
 def manner(sampler, guidance, negative, *, fast, embedded, default, told=None):
     """-> sampler, guidance, whether a null condition takes part; with their defaults.
 

@@ -276,7 +276,7 @@ def test_latents_timesteps_and_size(pipe):
     assert (first == draw(latents=z[:1], timesteps=[501, 1])).all()  # DDIM's own
     assert (first == draw(latents=jnp.asarray(z[:1]), timesteps=(501, 1), steps=None)).all()
     assert not (first == draw(latents=z[:1], timesteps=[601, 1])).all()
-    assert draw(size=(32, 48)).shape == (1, 32, 48, 3)
+    assert draw(size=np.array([32, 48])).shape == (1, 32, 48, 3)
     for bad, said in (
         ({'latents': z}, r'latents of shape \(2, 8, 8, 4\); these pictures need \(1, 8, 8, 4\)'),
         ({'timesteps': [1, 501]}, 'falling whole numbers from 999 to 0'),
@@ -285,6 +285,9 @@ def test_latents_timesteps_and_size(pipe):
         ({'timesteps': [501, 1], 'steps': 3}, 'steps = 3 but 2 timesteps'),
         ({'size': (30, 32)}, 'size 30 x 32: both must be multiples of 4 px'),
         ({'size': (0, 32)}, 'multiples of 4 px'),
+        ({'size': 32}, 'size = 32; two numbers, heights first'),
+        ({'size': (32.0, 32)}, r'a number of size = 32\.0; a whole number from 0'),
+        ({'crop': (0, 0, 32, 32)}, r'crop = \(0, 0, 32, 32\); two numbers'),
         ({'steps': 0}, 'steps = 0; ddim takes a whole number from 1 to 999'),
         ({'steps': 51, 'sampler': 'lcm'}, 'lcm takes a whole number from 1 to 50'),
         (
