@@ -1,5 +1,6 @@
 """Prompts, and pictures if you like -> pictures: a Stable Diffusion model and what one may ask of it."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -20,6 +21,8 @@ from lcm_jax.families import Family, takes_mask
 from lcm_jax.model import describe
 from lcm_jax.scheduler import Schedule
 from lcm_jax.text import Tokenizer
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,15 +59,17 @@ class Pipeline:
     ):
         """A model and, if need be, its prediction type (see `checkpoint.open_model`) -> Pipeline.
 
-        dtype: of the UNet and the text encoders; default bfloat16, on CPUs float32. vae: a model or
-        a folder whose VAE replaces the model's own, such as TAESD for fast previews.
+        dtype: of the UNet and the text encoders, a key of DTYPES or such a type; default bfloat16, on
+        CPUs float32. vae: a model or a folder whose VAE replaces the model's own, such as TAESD for
+        fast previews.
         mesh: pictures are drawn in equal parts along its axis 'data', the same as without. sharding:
         component -> sharding, or tree of them, of its parameters; default: whole on every device.
         Raises InputError for what is missing, does not fit or is not supported.
         """
         model = describe(name, prediction_type, vae)
         default = jnp.float32 if _platform(mesh) == 'cpu' else jnp.bfloat16
-        dtypes = dict.fromkeys(model.specs, dtype or default) | {'vae': vae_dtype}
+        dtypes = dict.fromkeys(model.specs, _dtype('dtype', dtype or default))
+        dtypes['vae'] = _dtype('vae_dtype', vae_dtype)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         homes = {part: (sharding or {}).get(part, whole) for part in model.specs}
         params = model.load(model.specs, dtypes, homes)
@@ -291,6 +296,13 @@ class Pipeline:
         elif np.shape(latents) != shape:
             raise InputError(f'latents of shape {np.shape(latents)}; these pictures need {shape}')
         return {'keys': keys, 'noise': jnp.asarray(latents, jnp.float32)}
+
+
+def _dtype(key, value):
+    """A key of DTYPES, or a type -> dtype. InputError for any other, which pictures cannot be drawn in."""
+    with contextlib.suppress(TypeError):  # of what is no dtype at all
+        value = jnp.dtype(value).name
+    return choose(key, value, DTYPES)
 
 
 def _platform(mesh):

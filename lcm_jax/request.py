@@ -47,10 +47,10 @@ def manner(sampler, guidance, negative, *, fast, embedded, default, told=None):
         raise InputError(f'guidance = {guidance}; a number of 0 or more (up to 1: none)')
     if inside and guidance > 2:
         what = 'a few-step LoRA or model' if fast else 'the LCM sampler'
-        warnings.warn(f'guidance {guidance:g} with {what} burns pictures; use 1 to 2', stacklevel=3)
+        warnings.warn(f'guidance {guidance:g} with {what} burns pictures; use 1 to 2', stacklevel=4)
     if embedded and told and not told[0] <= guidance <= told[1]:
         what = f'this model has learnt {told[0]:g} to {told[1]:g}'
-        warnings.warn(f'guidance {guidance:g}, but {what}', stacklevel=3)
+        warnings.warn(f'guidance {guidance:g}, but {what}', stacklevel=4)
     guided = guidance > 1 and not embedded
     if negative and not guided:
         why = (
@@ -58,7 +58,7 @@ def manner(sampler, guidance, negative, *, fast, embedded, default, told=None):
             if embedded
             else f'at guidance {guidance:g}; it acts above 1'
         )
-        warnings.warn(f'the negative prompt has no effect {why}', stacklevel=3)
+        warnings.warn(f'the negative prompt has no effect {why}', stacklevel=4)
     return sampler, float(guidance), guided
 
 

@@ -246,8 +246,9 @@ def test_an_acceleration_lora_sets_the_defaults_and_warns(pipe, lora_file, tmp_p
         pipe(PROMPTS[0], **QUICK | {'guidance': 2})
     same = pipe(PROMPTS[0], sampler='lcm', steps=4, guidance=1.0)
     assert (pixels(fast) == pixels(same)).all()
-    with pytest.warns(UserWarning, match='guidance 7.5 with a few-step LoRA or model'):
+    with pytest.warns(UserWarning, match='guidance 7.5 with a few-step LoRA or model') as said:
         pipe(PROMPTS[0], **QUICK | {'guidance': 7.5})
+    assert said[0].filename == __file__  # the line that asked for it is shown
     with pytest.warns(UserWarning, match='guidance 7.5 with the LCM sampler burns'):
         manner('lcm', 7.5, None, fast=False, embedded=False, default=7.5)
     assert manner('lcm', None, None, fast=False, embedded=False, default=7.5) == ('lcm', 1, False)
@@ -395,6 +396,14 @@ def test_a_damaged_folder_is_named(copy, damage, said):
     with pytest.raises(InputError, match=said) as e:
         Pipeline.load(copy)
     assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('dtype', ['fp16', np.int32, 'float64', object])
+def test_dtypes_that_do_not_draw_are_refused(random_folder, dtype):
+    with pytest.raises(InputError, match=r'unknown dtype .*; one of: float32, bfloat16, float16'):
+        Pipeline.load(random_folder, dtype)
+    with pytest.raises(InputError, match='unknown vae_dtype'):
+        Pipeline.load(random_folder, vae_dtype=dtype)
 
 
 def test_unknown_model_and_lora(pipe):
