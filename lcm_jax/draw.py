@@ -30,7 +30,7 @@ class Plan:
     vae: VAESpec | TinySpec
     prediction_type: str
     sampler: str
-    short: bool  # fewer than samplers.SHORT steps, strength aside, and to time 0
+    low_end: bool  # see `samplers.low_end`
     platform: str  # 'tpu' cuts pictures into strips
     mesh: Mesh | None = None  # each device along its 'data' axis draws its part of the batch
 
@@ -125,7 +125,7 @@ def _draw(plan, params, abar, rows, pictures, times, guidance, pure):
             return (1 - mask) * noised(s) + mask * z
 
     model = _model(plan, params['unet'], abar, rows, channels, guidance)
-    solver = samplers.SAMPLERS[plan.sampler].solver(plan.short)
+    solver = samplers.SAMPLERS[plan.sampler].solver(plan.low_end)
     end = samplers.sample(model, solver, start, times, abar, noise, keep)
     x = decode(plan.vae, params['vae'], end, plan.samples(len(end)))
     finite = [_finite(part, len(z)) for part in (rows['cond'], latents, end, x)]

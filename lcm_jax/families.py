@@ -14,12 +14,12 @@ class Family(NamedTuple):
     text_encoders: tuple[str, ...]
     guidance: float  # default without an acceleration LoRA, diffusers'
     zero_null: bool = False  # without a negative prompt: zeros, or the empty prompt's embedding
-    told: tuple[float, float] | None = None  # guidance that training told a UNet which takes it
+    embedded: float = 8.5  # default of a UNet that takes guidance: diffusers' LCM pipelines'
+    told: tuple[float, float] | None = None  # what training told such a UNet, if that is known
 
 
 SD = Family(TEXT_ENCODERS[:1], 7.5)
 SDXL = Family(TEXT_ENCODERS, 5.0, True)
-LCM = Family(TEXT_ENCODERS[:1], 8.5)
 FAMILIES = {
     'StableDiffusionPipeline': SD,
     'StableDiffusionImg2ImgPipeline': SD,
@@ -27,8 +27,8 @@ FAMILIES = {
     'StableDiffusionXLPipeline': SDXL,
     'StableDiffusionXLImg2ImgPipeline': SDXL,
     'StableDiffusionXLInpaintPipeline': SDXL,
-    'LatentConsistencyModelPipeline': LCM,
-    'LatentConsistencyModelImg2ImgPipeline': LCM,
+    'LatentConsistencyModelPipeline': SD,
+    'LatentConsistencyModelImg2ImgPipeline': SD,
 }
 # Keys of model_index.json with the only values that are drawn as the model means them. Components
 # that a family does not name (safety checker, image encoder, ...) are left aside.
@@ -38,8 +38,8 @@ ONLY = {'_class_name': tuple(FAMILIES), 'requires_aesthetics_score': (False,)}
 def read_family(index, source='model_index.json'):
     """model_index.json as a dict -> Family. Raises InputError for what is not supported.
 
-    Where it says from which w to which the model was trained (a full LCM that was distilled here), the
-    default guidance is in the middle of them.
+    Where it says from which w to which the model was trained (a full LCM that was distilled here),
+    `embedded` is in the middle of them.
     """
     if not index:
         raise InputError(f'no such file: {source}')
@@ -51,7 +51,7 @@ def read_family(index, source='model_index.json'):
     if not isinstance(ours, dict) or 'w' not in ours:
         return family
     low, high = w_range(str(ours['w']))
-    return family._replace(guidance=1 + (low + high) / 2, told=(1 + low, 1 + high))
+    return family._replace(embedded=1 + (low + high) / 2, told=(1 + low, 1 + high))
 
 
 def check_channels(unet, vae, source):

@@ -1,13 +1,30 @@
 """Pictures from outside -> arrays, as diffusers' `VaeImageProcessor` prepares them; and back."""
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lcm_jax.errors import InputError
 
 
-def as_list(images, n, what):
-    """One PIL image, or a list of `n` -> list of 1 or n; None stays. `what` is named in errors."""
+def rgb(image, ground='white'):
+    """PIL image -> RGB, on that ground where it is transparent; 16 bits of grey become 8, not clipped.
+
+    Raises InputError for numbers without a range (modes I and F).
+    """
+    if image.mode in ('I', 'F'):
+        raise InputError(
+            f'a picture of mode {image.mode}, of no known range; make it L or RGB, 0 to 255'
+        )
+    if image.mode.startswith('I;16'):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if 'A' in image.getbands() or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
+    return image.convert('RGB')
+
+
+def as_list(images, n, what, ground='white'):
+    """One PIL image, or a list of `n` -> list of 1 or n, upright and `rgb`; None stays. Errors say `what`."""
     if images is None:
         return None
     images = list(images) if isinstance(images, (list, tuple)) else [images]
@@ -16,7 +33,7 @@ def as_list(images, n, what):
             raise InputError(f'{what} is a {type(image).__name__}; give a PIL image, or a list')
     if len(images) not in (1, n):
         raise InputError(f'{len(images)} {what}s for {n} prompts; give one for all, or one each')
-    return images
+    return [rgb(ImageOps.exif_transpose(image), ground) for image in images]
 
 
 def signed(pictures):
@@ -25,12 +42,12 @@ def signed(pictures):
 
 
 def picture(image, size):
-    """PIL image -> [H,W,3] float32 in -1..1, resized to `size` (height, width) by Lanczos."""
-    return signed(np.asarray(_resized(image.convert('RGB'), size)))
+    """RGB -> [H,W,3] float32 in -1..1, resized to `size` (height, width) by Lanczos."""
+    return signed(np.asarray(_resized(image, size)))
 
 
 def mask(image, size):
-    """PIL image -> [H,W,1] float32: 1 where it is lighter than mid-grey, to be drawn anew; else 0."""
+    """RGB -> [H,W,1] float32: 1 where it is lighter than mid-grey, to be drawn anew; else 0."""
     grey = np.asarray(_resized(image, size).convert('L'), np.float32) / 255
     return (grey[..., None] >= 0.5).astype(np.float32)
 

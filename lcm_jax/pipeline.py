@@ -1,5 +1,6 @@
 """Prompts, and pictures if you like -> pictures: a Stable Diffusion model and what one may ask of it."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -20,6 +21,8 @@ from lcm_jax.families import Family, takes_mask
 from lcm_jax.model import describe
 from lcm_jax.scheduler import Schedule
 from lcm_jax.text import Tokenizer
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,15 +59,17 @@ class Pipeline:
     ):
         """A model and, if need be, its prediction type (see `checkpoint.open_model`) -> Pipeline.
 
-        dtype: of the UNet and the text encoders; default bfloat16, on CPUs float32. vae: a model or
-        a folder whose VAE replaces the model's own, such as TAESD for fast previews.
+        dtype: of the UNet and the text encoders, a key of DTYPES or such a type; default bfloat16, on
+        CPUs float32. vae: a model or a folder whose VAE replaces the model's own, such as TAESD for
+        fast previews.
         mesh: pictures are drawn in equal parts along its axis 'data', the same as without. sharding:
         component -> sharding, or tree of them, of its parameters; default: whole on every device.
         Raises InputError for what is missing, does not fit or is not supported.
         """
         model = describe(name, prediction_type, vae)
         default = jnp.float32 if _platform(mesh) == 'cpu' else jnp.bfloat16
-        dtypes = dict.fromkeys(model.specs, dtype or default) | {'vae': vae_dtype}
+        dtypes = dict.fromkeys(model.specs, _dtype('dtype', dtype or default))
+        dtypes['vae'] = _dtype('vae_dtype', vae_dtype)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         homes = {part: (sharding or {}).get(part, whole) for part in model.specs}
         params = model.load(model.specs, dtypes, homes)
@@ -88,8 +93,7 @@ class Pipeline:
         parts = self.family.text_encoders
         specs = tuple(self.specs[part] for part in parts)
         most = min(spec.layers for spec in specs) - len(specs)
-        if not 0 <= clip_skip <= most:
-            raise InputError(f'clip_skip = {clip_skip}; this model takes 0 to {most}')
+        clip_skip = request.whole('clip_skip', clip_skip, 0, most)
         ids = tuple(tokenizer(prompts, truncate) for tokenizer in self.tokenizers)
         return encode_text(specs, tuple(self.merged[part] for part in parts), ids, clip_skip)
 
@@ -140,7 +144,7 @@ class Pipeline:
 
     def set_scale(self, name, scale):
         """Change the scale of a loaded LoRA; nothing is compiled anew."""
-        self.adapters[name] = choose('LoRA', name, self.adapters)._replace(scale=scale)
+        self.adapters[name] = adapters.scaled(choose('LoRA', name, self.adapters), scale)
         self._remerge()
 
     def remove_lora(self, name):
@@ -198,15 +202,17 @@ class Pipeline:
         text encoder left out for the prompt (diffusers' meaning).
 
         image: PIL image, or one per prompt, to start from: noised by `strength` (above 0, at most
-        1; default 0.8), which leaves out the first steps, or for 'lcm' the times above it.
+        1; default 0.8), which leaves out the first steps, also of `timesteps`; those that 'lcm'
+        chooses itself are as many, below it.
         mask: PIL image, or one per prompt: only where it is light `image` is drawn anew (strength
-        1 by default).
+        1 by default). What is transparent is white in an image, black in a mask.
 
         sampler: a key of samplers.SAMPLERS; steps: how many network steps; spacing: a key of
         samplers.SPACINGS, or timesteps: falling list of ints, in place of the sampler's own.
         guidance has diffusers' meaning (1: none). The default is 'lcm' with 4 steps and guidance 1
         if an acceleration LoRA is loaded or the model is an LCM (one that takes guidance as an
-        input: the family's), 'ddim' with 50 steps and the family's guidance otherwise.
+        input: 8.5, or the middle of what it learnt), 'ddim' with 50 steps and the family's guidance
+        otherwise.
 
         size: (height, width) px; default the image's, rounded down to what fits, or the model's.
         original_size, crop, target_size: SDXL's micro-conditioning; default size, (0, 0), size.
@@ -216,18 +222,21 @@ class Pipeline:
         InputError for what is out of range and for pictures that are not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise InputError('nothing to draw: give a prompt, or a list of them')
+        count = request.whole('count', count, 1)
         n = len(prompts) * count
-        if not prompts or count < 1:
-            raise InputError(
-                f'nothing to draw: {len(prompts)} prompts, count = {count}; both must be 1 or more'
-            )
         unet, vae = self.specs['unet'], self.specs['vae']
         fast = any(a.accelerates and a.scale for a in self.adapters.values())
         sampler, guidance, guided = self.manner(sampler, guidance, negative, fast)
-        strength, pure = request.start(image, mask, strength, timesteps, takes_mask(unet, vae))
+        strength, pure = request.start(image, mask, strength, takes_mask(unet, vae))
         steps, times = self._times(sampler, steps, timesteps, spacing, strength)
-        image, mask = (
-            images.as_list(x, len(prompts), what) for x, what in ((image, 'image'), (mask, 'mask'))
+        image = images.as_list(image, len(prompts), 'image')
+        mask = images.as_list(mask, len(prompts), 'mask', 'black')  # what is transparent is kept
+        size, original_size, crop, target_size = map(
+            request.sides,
+            ('size', 'original_size', 'crop', 'target_size'),
+            (size, original_size, crop, target_size),
         )
         size = size or (request.picture_size(image, vae.factor) if image else self.size)
         rows = self._noise(seed, first, (n, *self.latent_shape(size)), latents)
@@ -240,9 +249,9 @@ class Pipeline:
             name: x if len(x) == 1 else np.repeat(x, count, 0)
             for name, x in request.pictures(image, mask, size, unet, vae, pure).items()
         }
-        kind, short = self.schedule.prediction_type, bool(steps < samplers.SHORT and times[-1] == 0)
+        kind, low_end = self.schedule.prediction_type, samplers.low_end(steps, times)
         drawn, finite = draw(
-            Plan(unet, vae, kind, sampler, short, _platform(self.mesh), self.mesh),
+            Plan(unet, vae, kind, sampler, low_end, _platform(self.mesh), self.mesh),
             {part: self.merged[part] for part in ('unet', 'vae')},
             self.schedule.abar,
             *on_mesh(self.mesh, rows, pictures),
@@ -255,14 +264,15 @@ class Pipeline:
 
     def manner(self, sampler, guidance, negative, fast):
         """`request.manner` of this model; fast: whether an acceleration LoRA takes part."""
+        family, embedded = self.family, bool(self.specs['unet'].w_dim)
         return request.manner(
             sampler,
             guidance,
             negative,
             fast=fast or self.schedule.few_steps,
-            embedded=bool(self.specs['unet'].w_dim),
-            default=self.family.guidance,
-            told=self.family.told,
+            embedded=embedded,
+            default=family.embedded if embedded else family.guidance,
+            told=family.told,
         )
 
     def _times(self, sampler, steps, timesteps, spacing, strength):
@@ -272,19 +282,27 @@ class Pipeline:
             return steps, self.schedule.times(sampler, steps, spacing, strength)
         if spacing is not None:
             raise InputError(f'spacing {spacing!r} beside timesteps; leave one of them out')
-        times = self.schedule.custom_times(sampler, timesteps, steps)
-        return len(times) - 1, times
+        times = self.schedule.custom_times(sampler, timesteps, steps, strength)
+        return len(timesteps), times
 
     def _noise(self, seed, first, shape, latents):
         """-> {'keys' [N], 'noise' [N,h,w,C]}: each picture's own, whatever the batch."""
-        if not 0 <= seed < 2**32:
-            raise InputError(f'seed = {seed}; a whole number from 0 to {2**32 - 1}')
-        keys = _keys(np.uint32(seed), np.uint32(first), shape[0])
+        seed, first = (
+            np.uint32(request.whole(name, x)) for name, x in (('seed', seed), ('first', first))
+        )
+        keys = _keys(seed, first, shape[0])
         if latents is None:
             latents = samplers.fresh(keys)(len(self.schedule.abar), shape)  # a number no step has
         elif np.shape(latents) != shape:
             raise InputError(f'latents of shape {np.shape(latents)}; these pictures need {shape}')
         return {'keys': keys, 'noise': jnp.asarray(latents, jnp.float32)}
+
+
+def _dtype(key, value):
+    """A key of DTYPES, or a type -> dtype. InputError for any other, which pictures cannot be drawn in."""
+    with contextlib.suppress(TypeError):  # of what is no dtype at all
+        value = jnp.dtype(value).name
+    return choose(key, value, DTYPES)
 
 
 def _platform(mesh):

@@ -111,7 +111,7 @@ class Preview:
             model = denoiser(
                 lambda z, t: net(z, t, **both), schedule.prediction_type, jnp.asarray(abar)
             )
-            solver = samplers.SAMPLERS[sampler].solver(steps < samplers.SHORT)
+            solver = samplers.SAMPLERS[sampler].solver(samplers.low_end(steps, times))
             z = noise(len(abar), self.shape)
             return samplers.sample(
                 guided(model, guidance), solver, z, times, jnp.asarray(abar), noise

@@ -162,7 +162,7 @@ SPACINGS = {'leading': leading, 'trailing': trailing, 'linspace': linspace, 'lcm
 class Sampler(NamedTuple):
     """A solver with the times that its reference implementation gives it."""
 
-    solver: Callable  # whether there are fewer than SHORT steps -> Solver
+    solver: Callable  # whether `low_end` -> Solver
     spacing: str
     end: int  # the last target time: CLEAN or 0
     drop: int = 0  # points left out at the clean end: DPM-Solver spaces n + 1 of them and drops one
@@ -170,16 +170,14 @@ class Sampler(NamedTuple):
     distilled: bool = False  # of LCMs: these know their times, and have guidance in their weights
 
 
-SHORT = 15  # steps, from which DPM-Solver's last one, if it ends at time 0, is of second order too
-
 # SD's configuration of diffusers' schedulers: set_alpha_to_one=False, steps_offset=1; SDXL's is
 # 'euler'. Its noise of variance 1 is diffusers' for `leading` (other spacings: sigma_max there).
 SAMPLERS = {
-    'ddim': Sampler(lambda short: ddim(), 'leading', 0),
-    'dpm': Sampler(lambda short: dpm_solver(first_order_end=short), 'linspace', 0, 1),
-    'dpm++': Sampler(lambda short: dpm_solver_pp(first_order_end=short), 'linspace', CLEAN, 1),
-    'euler': Sampler(lambda short: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
-    'lcm': Sampler(lambda short: lcm(), 'lcm', CLEAN, steps=4, distilled=True),
+    'ddim': Sampler(lambda low: ddim(), 'leading', 0),
+    'dpm': Sampler(lambda low: dpm_solver(first_order_end=low), 'linspace', 0, 1),
+    'dpm++': Sampler(lambda low: dpm_solver_pp(first_order_end=low), 'linspace', CLEAN, 1),
+    'euler': Sampler(lambda low: ddim(), 'leading', CLEAN),  # in sigma, Euler's step is DDIM's
+    'lcm': Sampler(lambda low: lcm(), 'lcm', CLEAN, steps=4, distilled=True),
 }
 
 
@@ -187,9 +185,9 @@ def times(sampler, n, total=1000, spacing=None, *, offset=1, end=None, strength=
     """Sampler name and number of steps -> [m+1] int32 times, falling, ending at the sampler's end.
 
     spacing: a key of SPACINGS, end: CLEAN or 0, in place of the sampler's own; offset is that of
-    `leading`. strength < 1 starts from a noised picture: the last m = int(n strength) steps
-    (diffusers `get_timesteps`), or all n at the LCM's times below it (see `lcm_spacing`).
-    Raises InputError for an unknown name and for a number of steps or strength outside the range.
+    `leading`. strength < 1 starts from a noised picture: the steps that `latest` leaves, or all n
+    at the LCM's times below it (see `lcm_spacing`).
+    Raises InputError for an unknown name and for a number of steps outside the range.
     """
     row = choose('sampler', sampler, SAMPLERS)
     spacing = spacing or row.spacing
@@ -199,23 +197,29 @@ def times(sampler, n, total=1000, spacing=None, *, offset=1, end=None, strength=
     most = DISTILLED_STEPS if spacing == 'lcm' else total - 1 - drop * (spacing == 'leading')
     if not (isinstance(n, (int, np.integer)) and 1 <= n <= most):
         raise InputError(f'steps = {n!r}; {sampler} takes a whole number from 1 to {most}')
-    if not 0 < strength <= 1:
-        raise InputError(f'strength = {strength}; a number above 0, at most 1')
     extra = {'leading': {'offset': offset}, 'lcm': {'strength': strength}}.get(spacing, {})
     chosen = points(n + drop, total, **extra)[:n]
     if spacing != 'lcm':
-        chosen = chosen[n - int(n * strength) :]
-    if not len(chosen):
+        chosen = latest(chosen, strength)
+    return np.append(chosen, row.end if end is None else end).astype(np.int32)
+
+
+def latest(points, strength):
+    """n falling times -> the last int(n strength) of them (diffusers `get_timesteps`); InputError if none."""
+    n = len(points)
+    left = int(n * strength)
+    if not left:
         raise InputError(
             f'strength {strength} of {n} steps leaves none; give a strength of at least '
             f'{np.ceil(1e4 / n) / 1e4:g}, or at least {int(np.ceil(1 / strength))} steps'
         )
-    return np.append(chosen, row.end if end is None else end).astype(np.int32)
+    return points[n - left :]
 
 
-def custom_times(sampler, timesteps, total=1000, n=None, *, end=None):
-    """The user's own falling timesteps -> [N+1] int32 times with the sampler's end, or `end`.
+def custom_times(sampler, timesteps, total=1000, n=None, *, end=None, strength=1.0):
+    """The user's own falling timesteps -> [m+1] int32 times with the sampler's end, or `end`.
 
+    strength < 1 starts from a noised picture, at those that `latest` leaves.
     Raises InputError unless they fall strictly within 0..total-1 and number `n`, if that is given.
     """
     row = choose('sampler', sampler, SAMPLERS)
@@ -231,7 +235,15 @@ def custom_times(sampler, timesteps, total=1000, n=None, *, end=None):
         raise InputError(
             f'steps = {n} but {len(points)} timesteps are given; leave one of them out'
         )
-    return np.append(points, row.end if end is None else end).astype(np.int32)
+    return np.append(latest(points, strength), row.end if end is None else end).astype(np.int32)
+
+
+def low_end(n, times):
+    """Whether DPM-Solver's step to time 0 is of first order, as in diffusers: the last of fewer than 15.
+
+    n: the number of steps without regard to strength. A step to 0 that another follows is not the last.
+    """
+    return bool(n < 15 and times[-2] > times[-1] == 0)
 
 
 def fresh(keys):

@@ -50,10 +50,15 @@ class Schedule(NamedTuple):
             strength=strength,
         )
 
-    def custom_times(self, sampler, timesteps, steps=None):
-        """-> [N+1] int32 times, as `samplers.custom_times` gives them for this model."""
+    def custom_times(self, sampler, timesteps, steps=None, strength=1.0):
+        """-> [m+1] int32 times, as `samplers.custom_times` gives them for this model."""
         return samplers.custom_times(
-            sampler, timesteps, len(self.abar), steps, end=self.ends.get(sampler)
+            sampler,
+            timesteps,
+            len(self.abar),
+            steps,
+            end=self.ends.get(sampler),
+            strength=strength,
         )
 
 

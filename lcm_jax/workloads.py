@@ -154,18 +154,18 @@ def sampling(model, size, mesh, dtype, vae_dtype, steps=4):
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), n))
     rows = {'noise': array(n, *grid, vae.latent_channels), 'keys': keys, 'cond': cond}
     params = {'unet': shapes.unet_shapes(unet, dtype), 'vae': shapes.vae_shapes(vae, vae_dtype)}
+    times = samplers.times('lcm', steps, len(schedule.abar))
     plan = Plan(
         unet,
         vae,
         schedule.prediction_type,
         'lcm',
-        steps < samplers.SHORT,
+        samplers.low_end(steps, times),
         devices.devices.flat[0].platform,
         devices,
     )
 
     def fn(params, rows):
-        times = samplers.times('lcm', steps, len(schedule.abar))
         return draw(plan, params, jnp.asarray(schedule.abar), rows, {}, times, 1.0, True)
 
     args = {'params': _lie(params, whole), 'rows': _lie(rows, split)}

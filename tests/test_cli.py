@@ -12,6 +12,7 @@ from PIL import Image
 
 from lcm_jax import cli, train
 from lcm_jax.errors import InputError
+from lcm_jax.images import as_list
 
 pytestmark = pytest.mark.filterwarnings('ignore::DeprecationWarning')  # ml_collections' own
 ROOT = Path(cli.__file__).parents[1]
@@ -130,17 +131,25 @@ def test_sample_from_a_picture(run, random_folder, tmp_path):
     assert status == 1 and 'strength = 0.5 without an image' in err
 
 
-def test_pictures_are_read_as_in_training(tmp_path):
-    """Upright, on white where they are transparent, 16 bits of grey not clipped."""
-    file = tmp_path / 'in.png'
-    exif = Image.Exif()
+@pytest.mark.parametrize(
+    ('picture', 'options', 'white', 'black'),
+    [
+        (Image.new('RGBA', (3, 2), (255, 0, 0, 0)), {}, 255, 0),
+        (Image.new('LA', (3, 2), (90, 0)), {}, 255, 0),
+        (Image.new('P', (3, 2)), {'transparency': 0}, 255, 0),
+        (Image.new('I;16', (3, 2), 0x4000), {}, 0x40, 0x40),
+        (Image.new('L', (3, 2), 90), {}, 90, 90),
+    ],
+)
+def test_pictures_are_read_as_in_training(picture, options, white, black, tmp_path):
+    """Upright, on a ground where they are transparent, 16 bits of grey not clipped; PIL images as files."""
+    file, exif = tmp_path / 'in.png', Image.Exif()
     exif[274] = 6  # to be turned by a quarter
-    Image.new('RGBA', (2, 3), (255, 0, 0, 0)).save(file, exif=exif)
-    picture = cli.read_picture(file)
-    assert picture.size == (3, 2) and picture.getcolors() == [(6, (255, 255, 255))]
-    assert cli.read_picture(file, 'black').getcolors() == [(6, (0, 0, 0))]  # a mask
-    Image.new('I;16', (1, 1), 0x4000).save(file)
-    assert cli.read_picture(file).getpixel((0, 0)) == (0x40,) * 3
+    picture.save(file, exif=exif, **options)
+    for ground, grey in ('white', white), ('black', black):  # as of a picture, as of a mask
+        read = cli.read_picture(file, ground)
+        assert read.size == (2, 3) and read.getcolors() == [(6, (grey,) * 3)]
+        assert as_list(Image.open(file), 1, 'image', ground) == [read]
 
 
 @pytest.mark.parametrize('form', ['PNG', 'JPEG', 'WEBP', 'GIF', 'BMP'])

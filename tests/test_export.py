@@ -144,7 +144,7 @@ def test_a_full_lcm_with_two_text_encoders_opens_here_and_in_diffusers(tmp_path)
     trained = student.init(None, base.load(['unet'], {'unet': jnp.float32})['unet'])
     out = export.export(tmp_path / 'out', trained, base, student, config)
     found = describe(out)
-    told = {'guidance': 4, 'told': (3, 5)}  # what it learnt
+    told = {'embedded': 4, 'told': (3, 5)}  # what it learnt
     assert found.specs['unet'].w_dim == 8 and found.family == base.family._replace(**told)
     found.checkpoint.tensors('unet')
     theirs = diffusers.DiffusionPipeline.from_pretrained(out)

@@ -18,8 +18,8 @@ LAYERS = [
     line.split()
     for line in """
     errors original aot atomic
-    tree diffusion data.samples data.settings data.order chips flops hlo text tensors hub metrics peers
-    grid stop loop logs orbax_io models.flash
+    tree diffusion images data.settings data.order chips flops hlo text tensors hub metrics peers
+    grid data.samples stop loop logs orbax_io models.flash
     data.files saves report models.attention
     data.tars flags
     data.emoji data.folders
@@ -32,7 +32,7 @@ LAYERS = [
     weights lora samplers plan models.layers
     models.clip models.unet models.vae models.inception models.lpips
     models.tiny
-    models.configs models.shapes models.zoo distill lora_files.dialects conditioning images
+    models.configs models.shapes models.zoo distill lora_files.dialects conditioning
     encode data.pictures resize lora_files.find
     data.loader
     data.cache_fill data.pairs

@@ -138,6 +138,7 @@ def draw_theirs(
         ('original_size', 'original_size'),
         ('crop', 'crops_coords_top_left'),
         ('target_size', 'target_size'),
+        ('timesteps', 'timesteps'),
     ):
         if mine in options:
             arguments[other] = options[mine]
@@ -161,6 +162,7 @@ def draw_theirs(
 
 
 SIZES = {'original_size': (24, 56), 'crop': (2, 4), 'target_size': (40, 16)}
+OWN = [801, 501, 90, 0]  # a user's own times
 IMAGE = {'image': picture(0), 'strength': 0.7}
 MASK = {'image': picture(0), 'mask': blob(), 'size': (16, 16)}
 
@@ -180,6 +182,8 @@ MASK = {'image': picture(0), 'mask': blob(), 'size': (16, 16)}
         ('sd', 'inpaint', 'dpm++', {'guidance': 1.0, **MASK, 'strength': 0.7}),
         ('sd', 'inpaint', 'euler', {'guidance': 7.5, 'negative': 'sad', **MASK, 'strength': 0.7}),
         ('sd', 'inpaint', 'lcm', {'guidance': 1.0, **MASK, 'strength': 0.7}),
+        ('sd', 'image', 'dpm++', {'guidance': 7.5, 'timesteps': OWN, **IMAGE}),
+        ('sd', 'inpaint', 'lcm', {'guidance': 1.0, 'timesteps': OWN, **MASK, 'strength': 1.0}),
         ('sd2', 'text', 'ddim', {'guidance': 7.5}),
         ('sd2', 'image', 'euler', {'guidance': 7.5, **IMAGE}),
         ('inpaint', 'inpaint', 'ddim', {'guidance': 7.5, **MASK, 'strength': 1.0}),
@@ -529,16 +533,17 @@ def test_half_precision_draws_finite_pictures(both):
             {**IMAGE, 'strength': 0.1, 'steps': 6, 'sampler': 'lcm'},
             '6 LCM steps; at most 5 at strength 0.1',
         ),
-        ('sd', {**IMAGE, 'timesteps': [500]}, 'strength = 0.7 beside timesteps'),
+        ('sd', {**IMAGE, 'timesteps': [500]}, r'strength 0\.7 of 1 steps leaves none'),
         ('sd', {'timesteps': [500], 'spacing': 'trailing'}, "spacing 'trailing' beside timesteps"),
         ('sd', {'guidance': float('nan')}, 'guidance = nan; a number of 0 or more'),
         ('sd', {'mask': blob()}, 'a mask without an image'),
         ('sd', {'image': 'cat.png'}, 'image is a str; give a PIL image'),
         ('sd', {'image': [picture(0)] * 3}, '3 images for 2 prompts'),
+        ('sd', {'image': picture(0), 'mask': blob().convert('F')}, 'a picture of mode F, of no kn'),
         ('sd', {'image': picture(0, 1, 9)}, 'size 8 x 0: both must be multiples of 2 px'),
         ('sd', {'original_size': (16, 16)}, 'told to SDXL models only'),
-        ('sd', {'clip_skip': 3}, 'clip_skip = 3; this model takes 0 to 2'),
-        ('sdxl', {'clip_skip': -1}, 'clip_skip = -1; this model takes 0 to 1'),
+        ('sd', {'clip_skip': 3}, 'clip_skip = 3; a whole number from 0 to 2'),
+        ('sdxl', {'clip_skip': -1}, 'clip_skip = -1; a whole number from 0 to 1'),
         ('inpaint', {}, 'this UNet is made for inpainting: give an image and a mask'),
         ('inpaint', IMAGE, 'this UNet is made for inpainting'),
     ],
@@ -552,6 +557,15 @@ def test_a_negative_prompt_beside_embedded_guidance_warns(both):
     ours, _ = both('lcm')
     with pytest.warns(UserWarning, match='no effect with this model, which takes guidance'):
         ours(PROMPTS, negative='sad', steps=4)  # by default as the family draws: lcm
+
+
+@pytest.mark.parametrize(('model', 'usual'), [('sd', 7.5), ('sdxl', 5.0)])
+def test_a_full_lcm_has_one_default_of_guidance_whatever_its_class(both, model, usual):
+    ours, _ = both(model)
+    assert ours.manner(None, None, None, False) == ('ddim', usual, True)
+    unet = dataclasses.replace(ours.specs['unet'], w_dim=8)
+    lcm = dataclasses.replace(ours, specs=ours.specs | {'unet': unet})
+    assert lcm.manner(None, None, None, False) == ('lcm', 8.5, False)
 
 
 def test_a_long_prompt_is_cut_aloud(both):

@@ -190,6 +190,12 @@ def test_loras_come_and_go(pipe, lora_file):
         pipe.set_scale('stile', 1.0)
     with pytest.raises(InputError, match="'style' is loaded already"):
         pipe.add_lora(lora_file)
+    for scale in (None, 'half', float('nan'), np.ones(2)):  # nothing changes
+        with pytest.raises(InputError, match=r'scale .* of a LoRA; give a number'):
+            pipe.set_scale('style', scale)
+        with pytest.raises(InputError, match=r'scale .* of a LoRA; give a number'):
+            pipe.set_loras([(lora_file, scale)])
+    assert (draw() == styled).all()
     pipe.remove_lora('style')
     pipe.remove_lora('twice')
     assert (draw() == plain).all()
@@ -240,8 +246,9 @@ def test_an_acceleration_lora_sets_the_defaults_and_warns(pipe, lora_file, tmp_p
         pipe(PROMPTS[0], **QUICK | {'guidance': 2})
     same = pipe(PROMPTS[0], sampler='lcm', steps=4, guidance=1.0)
     assert (pixels(fast) == pixels(same)).all()
-    with pytest.warns(UserWarning, match='guidance 7.5 with a few-step LoRA or model'):
+    with pytest.warns(UserWarning, match='guidance 7.5 with a few-step LoRA or model') as said:
         pipe(PROMPTS[0], **QUICK | {'guidance': 7.5})
+    assert said[0].filename == __file__  # the line that asked for it is shown
     with pytest.warns(UserWarning, match='guidance 7.5 with the LCM sampler burns'):
         manner('lcm', 7.5, None, fast=False, embedded=False, default=7.5)
     assert manner('lcm', None, None, fast=False, embedded=False, default=7.5) == ('lcm', 1, False)
@@ -270,7 +277,7 @@ def test_latents_timesteps_and_size(pipe):
     assert (first == draw(latents=z[:1], timesteps=[501, 1])).all()  # DDIM's own
     assert (first == draw(latents=jnp.asarray(z[:1]), timesteps=(501, 1), steps=None)).all()
     assert not (first == draw(latents=z[:1], timesteps=[601, 1])).all()
-    assert draw(size=(32, 48)).shape == (1, 32, 48, 3)
+    assert draw(size=np.array([32, 48])).shape == (1, 32, 48, 3)
     for bad, said in (
         ({'latents': z}, r'latents of shape \(2, 8, 8, 4\); these pictures need \(1, 8, 8, 4\)'),
         ({'timesteps': [1, 501]}, 'falling whole numbers from 999 to 0'),
@@ -279,14 +286,22 @@ def test_latents_timesteps_and_size(pipe):
         ({'timesteps': [501, 1], 'steps': 3}, 'steps = 3 but 2 timesteps'),
         ({'size': (30, 32)}, 'size 30 x 32: both must be multiples of 4 px'),
         ({'size': (0, 32)}, 'multiples of 4 px'),
+        ({'size': 32}, 'size = 32; two numbers, heights first'),
+        ({'size': (32.0, 32)}, r'a number of size = 32\.0; a whole number from 0'),
+        ({'crop': (0, 0, 32, 32)}, r'crop = \(0, 0, 32, 32\); two numbers'),
         ({'steps': 0}, 'steps = 0; ddim takes a whole number from 1 to 999'),
         ({'steps': 51, 'sampler': 'lcm'}, 'lcm takes a whole number from 1 to 50'),
         (
             {'sampler': 'dpm+'},
             r"unknown sampler 'dpm\+' \(did you mean 'dpm\+\+'\?\); one of: ddim",
         ),
-        ({'count': 0}, 'nothing to draw: 1 prompts, count = 0'),
+        ({'count': 0}, 'count = 0; a whole number from 1 to'),
         ({'seed': -1}, 'seed = -1; a whole number from 0 to 4294967295'),
+        ({'seed': 3.9}, r'seed = 3\.9; a whole number'),
+        ({'seed': None}, 'seed = None; a whole number'),
+        ({'first': -1}, 'first = -1; a whole number from 0 to 4294967295'),
+        ({'first': 0.5}, r'first = 0\.5; a whole number'),
+        ({'clip_skip': 1.0}, r'clip_skip = 1\.0; a whole number from 0 to 1'),
     ):
         with pytest.raises(InputError, match=said):
             draw(**bad)
@@ -381,6 +396,14 @@ def test_a_damaged_folder_is_named(copy, damage, said):
     with pytest.raises(InputError, match=said) as e:
         Pipeline.load(copy)
     assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('dtype', ['fp16', np.int32, 'float64', object])
+def test_dtypes_that_do_not_draw_are_refused(random_folder, dtype):
+    with pytest.raises(InputError, match=r'unknown dtype .*; one of: float32, bfloat16, float16'):
+        Pipeline.load(random_folder, dtype)
+    with pytest.raises(InputError, match='unknown vae_dtype'):
+        Pipeline.load(random_folder, vae_dtype=dtype)
 
 
 def test_unknown_model_and_lora(pipe):

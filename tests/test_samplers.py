@@ -79,7 +79,7 @@ def every_kind(z, t):
 
 def by_scan(sampler, times, z, noise):
     """`sample` itself: one program for each number of steps."""
-    solver = samplers.SAMPLERS[sampler].solver(len(times) - 1 < samplers.SHORT)
+    solver = samplers.SAMPLERS[sampler].solver(samplers.low_end(len(times) - 1, times))
     run = jax.jit(
         lambda z, times, noise: samplers.sample(
             every_kind, solver, z, times, ABAR, lambda i, shape: noise[i]
@@ -89,8 +89,8 @@ def by_scan(sampler, times, z, noise):
 
 
 @functools.cache
-def jitted_step(sampler, short):
-    solver = samplers.SAMPLERS[sampler].solver(short)
+def jitted_step(sampler, low_end):
+    solver = samplers.SAMPLERS[sampler].solver(low_end)
     return solver.init, jax.jit(
         lambda state, z, t, s, noise: solver.step(
             state, z, every_kind(z, t), t, s, ABAR, lambda: noise
@@ -100,7 +100,7 @@ def jitted_step(sampler, short):
 
 def by_loop(sampler, times, z, noise):
     """The same steps from Python: nothing to compile for another number of them."""
-    init, step = jitted_step(sampler, len(times) - 1 < 15)
+    init, step = jitted_step(sampler, samplers.low_end(len(times) - 1, times))
     state = init(z)
     for t, s, e in zip(times[:-1], times[1:], noise, strict=True):
         z, state = step(state, z, t, s, e)
@@ -176,6 +176,30 @@ def test_dpm_solver_pp_that_ends_at_the_smallest_noise(n, monkeypatch):
         scheduler.set_timesteps(n)
         want = theirs(scheduler, z, noise, monkeypatch)
         assert np.abs(got - want).max() < TOLERANCE * np.abs(want).max()
+
+
+@pytest.mark.parametrize(
+    ('sampler', 'final'),
+    [('euler', CLEAN), ('dpm', 0), ('dpm++', CLEAN), ('dpm++', 0), ('lcm', CLEAN)],
+)
+@pytest.mark.parametrize('last', [0, 7])
+def test_custom_timesteps_of_every_length(sampler, final, last, monkeypatch):
+    """Each with random times before the last; diffusers' DDIM takes none."""
+    ending = {'final_sigmas_type': 'sigma_min'} if final == 0 else {}
+    kind, errors = 'epsilon', {}
+    for n in range(2, 21):
+        rng = np.random.default_rng(n)
+        steps = [*np.sort(rng.choice(np.arange(8, 1000), n - 1, replace=False))[::-1], last]
+        z, noise = random(n, *SHAPE), random(n + 99, n, *SHAPE)
+        times = samplers.custom_times(sampler, steps, end=final)
+        got = by_loop(sampler, times, np.stack([z] * len(KINDS)), noise)[[*KINDS].index(kind)]
+        scheduler = SCHEDULERS[sampler](prediction_type=kind, **ending)
+        scheduler.set_timesteps(timesteps=steps)
+        want = theirs(scheduler, z, noise, monkeypatch)
+        errors[n] = np.abs(got - want).max() / np.abs(want).max()
+    worst = max(errors, key=errors.get)
+    print(f'{sampler} to {final}, ..., {last}: {errors[worst]:.1e}, at {worst} steps')
+    assert errors[worst] < TOLERANCE
 
 
 @pytest.mark.parametrize('spacing', ['leading', 'trailing', 'linspace'])

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lcm_jax.errors import InputError
+from lcm_jax.images import rgb
 
 ORIENTATION = 274  # EXIF tag; 5..8 are turned by a quarter
 SCORES = {  # what they are called in metadata: by LAION's sets, then by COYO
@@ -200,13 +201,7 @@ def decode(picture, ground='white'):
         return Image.fromarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
     try:
         image = Image.open(io.BytesIO(picture), formats=FORMATS)
-        image = ImageOps.exif_transpose(image) if orientation(image) > 1 else image
-        if image.mode.startswith('I;16'):  # grey of 16 bits, which PIL would clip
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if 'A' in image.getbands() or 'transparency' in image.info:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
-        return image.convert('RGB')
+        return rgb(ImageOps.exif_transpose(image) if orientation(image) > 1 else image, ground)
     except Exception as e:  # as above
         raise Broken('picture cannot be read', describe(e)) from e
 

@@ -34,6 +34,8 @@ def attend(q, k, v, *, causal=False):
     scores = q.shape[1] * k.shape[1]  # of one head
     if scores <= SMALL:
         paths = {'default': plain}
+        if q.dtype == jnp.float16:  # which JAX's own function cannot multiply on CPUs
+            paths['cpu'] = lambda *x: plain(*(y.astype(jnp.float32) for y in x)).astype(q.dtype)
     else:
         # A CPU's caches hold one head at a time; elsewhere heads (or shards of them) go side by side.
         paths = {'cpu': chunked(lambda f: lambda x: lax.map(f, x)), 'default': chunked(jax.vmap)}
