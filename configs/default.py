@@ -58,7 +58,7 @@ def get_config():
     c.train.steps = 1000  # optimizer steps
     c.train.batch = 16  # samples per step, over all devices
     c.train.accumulate = 1  # parts that a batch is taken in, one after the other
-    c.train.remat = 'none'  # what the student's backward pass computes again (models/unet.py)
+    c.train.remat = 'none'  # what the student's backward pass computes again: none, or blocks
     c.train.lr = 1e-4  # peak
     c.train.warmup = 50  # steps
     c.train.decay = False  # cosine to 1 % of the peak over the run (else constant)

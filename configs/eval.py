@@ -9,7 +9,8 @@ def get_config():
     c.model = 'emoji'  # drawn with, unless a way says otherwise: as in configs/default.py
     c.dtype = ''  # of the networks: float32, bfloat16; empty: float32 on CPUs, else bfloat16
     c.ways = ()  # rows of label, sampler and, if you like, model, lora ('FILE:SCALE + FILE:SCALE'),
-    # guidance and steps (a number or several: every combination is a cell), spacing of the times
+    # guidance (default 1: none, whatever the sampler and the model) and steps, a number or several
+    # each (every combination is a cell), and spacing of the times
     c.steps = (1, 2, 4, 8)  # of the sampler, for ways that do not say
     c.reference = ''  # label of the way, with one number of steps, whose pictures all others are
     # compared with one by one, from the same noise; empty: none
@@ -22,9 +23,15 @@ def get_config():
     c.seed = 0  # of the captions' choice and the noise
     c.batch = 64  # pictures drawn at a time, by each process
 
-    c.features = 'emoji'  # network of FID and KID: emoji, clip:FOLDER, inception:FILE
+    c.features = (
+        'emoji'  # network of FID and KID: emoji, clip:FOLDER, inception:FILE, inception-tf:FILE,
+    )
+    # inception-clean:FILE
     c.clip = 'emoji'  # network of the CLIP score: emoji, clip:FOLDER; empty: none
-    c.lpips = 'emoji'  # network of LPIPS to the reference; empty: none
+    c.lpips = (
+        'emoji'  # network of LPIPS to the reference: emoji, alex:FILE, vgg:FILE, squeeze:FILE;
+    )
+    # empty: none
 
     c.title = ''  # of the report
     c.prompts = ()  # a row of the picture grid each

@@ -148,13 +148,17 @@ def sample_arguments(p):
     add('--vae-dtype', choices=DTYPES, default='float32', help='default: float32')
 
     repeat = {'action': 'append', 'default': [], 'metavar': 'FILE:SCALE'}
-    add('--lora', **repeat, help="a LoRA, or 'lcm' (shipped); repeatable; without :SCALE it is 1")
+    add('--lora', **repeat, help='a LoRA; shipped: lcm, fluent; repeatable; without :SCALE it is 1')
 
     add = p.add_argument_group('how to draw').add_argument
-    add('--steps', type=flags.positive, help='default: 4 with an acceleration LoRA, else 50')
-    add('--sampler', help='ddim, dpm, dpm++, euler or lcm; default: as the LoRA needs, lcm or ddim')
-    add('--spacing', help="leading, trailing or linspace times; default: the sampler's")
-    add('--guidance', type=float, help='1 is none: the default with an acceleration LoRA')
+    add('--steps', type=flags.positive, help='default: 4 with the sampler lcm, else 50')
+    add(
+        '--sampler',
+        help='ddim, dpm, dpm++, euler or lcm; default: lcm or ddim, as LoRA and model need',
+    )
+    add('--spacing', help="leading, trailing, linspace or lcm times; default: the sampler's")
+    text = "1 is none, the default with lcm; else the model's, such as 7.5, SDXL 5, full LCMs 8.5"
+    add('--guidance', type=float, help=text)
     add('--negative', metavar='PROMPT', help='negative prompt; acts above guidance 1')
     add('--seed', type=int, default=0, help='default: 0')
     add('--count', type=flags.positive, default=1, help='pictures of the prompt; default: 1')
@@ -164,7 +168,7 @@ def sample_arguments(p):
 
     add = p.add_argument_group('from a picture').add_argument
     add('--image', metavar='FILE', help='picture to start from')
-    add('--strength', type=float, help='of the change, up to 1; default: 0.8, with --mask 1')
+    add('--strength', type=float, help='of the change, above 0 to 1; default: 0.8, with --mask 1')
     add('--mask', metavar='FILE', help='picture that is light where --image is drawn anew')
 
     add = p.add_argument_group('what SDXL is told of sizes, in px').add_argument

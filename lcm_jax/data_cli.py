@@ -13,10 +13,10 @@ OPTIONS = {
     'flip': 'from left to right, half of the time',
     'buckets': "shapes near each picture's own",
     'caption': 'extension of the caption file, or field of the JSON or the features',
-    'min_size': 'px of the shorter side',
-    'max_watermark': 'pwatermark, 0..1',
-    'min_aesthetic': 'aesthetic score, 0..10',
-    'max_unsafe': 'punsafe, 0..1',
+    'min_size': 'least px of the shorter side; 0: any',
+    'max_watermark': 'largest pwatermark, 0..1; 0: any',
+    'min_aesthetic': 'least aesthetic score, 0..10; 0: any',
+    'max_unsafe': 'largest punsafe, 0..1; 0: any',
     'max_dropped': 'share of broken samples, and of unreadable files, that is borne',
     'seed': 'of the order, crops and flips',
     'threads': 'that read and decode',
@@ -89,7 +89,10 @@ def cache(args):
     for what, drops in (('broken, when read', broken), ('captions cut', cut)):
         if drops:
             print(f'{what}: {drops}')
-    print(f'wrote {done:,} samples; train with model={args.model} data.source=cache:{args.out}')
+    told = {'model': args.model, 'data.source': f'cache:{args.out}'}
+    told |= {'data.resolution': said.resolution, 'dtype': args.dtype, 'vae_dtype': args.vae_dtype}
+    line = ' '.join(f'--config.{key}={value}' for key, value in told.items())
+    print(f'wrote {done:,} samples; train with {line}')
 
 
 def add(verbs, verb):

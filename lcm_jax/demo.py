@@ -30,7 +30,7 @@ def demo(out, steps=400):
         f'\n{report}\nwritten to {out}:\n'
         '  report.md               this report\n'
         '  grid.png                the drawings, side by side; quality-*.png: plots\n'
-        '  lcm_lora.safetensors    the LoRA, for diffusers, ComfyUI and A1111\n'
+        '  lcm_lora.safetensors    the LoRA, for diffusers; ComfyUI and A1111 do not know this model\n'
         f'  train/                  checkpoints and logs (tensorboard --logdir {out / "train"})\n\n'
         f'next: lcm-jax sample "a red heart, noto emoji" --lora {file} --steps 4 --count 4 --out hearts.png'
     )

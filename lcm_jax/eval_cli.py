@@ -18,7 +18,8 @@ def measure(args):
     print(f'FID {found["fid"]:.4f}')
     spread = '' if found['kid_std'] is None else f' +- {found["kid_std"]:.6f}'
     print(f'KID {found["kid"]:.6f}{spread}')
-    print(f'{found["fake"]:,} pictures against {found["real"]:,}; features {found["features"]}')
+    fake, real = (f'{found[which]:,} of {getattr(args, which)}' for which in ('fake', 'real'))
+    print(f'{fake} against {real}; features {found["features"]}')
     if found['biased']:
         print('with fewer than 10,000 pictures of each, FID is biased upwards; KID is not')
     for file, statistics in zip((args.save_real, args.save_fake), found['statistics'], strict=True):
@@ -57,7 +58,7 @@ def add(verb):
     text = 'pictures:DIR, folder:DIR, emoji, wds:PATTERN, ... or a .npz file of statistics'
     p.add_argument('real', help=text)
     p.add_argument('fake', help='the same')
-    text = 'network: emoji (the default), clip:FOLDER, inception:FILE; see lcm_jax/features.py'
+    text = 'network: emoji (the default), clip:FOLDER, or inception, inception-tf, inception-clean:FILE'
     p.add_argument('--features', default='emoji', help=text)
     text = 'px of the square that all pictures are resized and cut to; default: as they are'
     p.add_argument('--resolution', type=flags.natural, default=0, help=text)
@@ -80,7 +81,7 @@ def add(verb):
     numbers = {'nargs': '+', 'type': float}
     p.add_argument('--scales', **numbers, help='of --lora, a row each; default: 0 0.25 0.5 0.75 1')
     p.add_argument(
-        '--guidance', **numbers, help='a row each, if there is no --scales; one: for all'
+        '--guidance', **numbers, help='a row each, without --lora (but --also); one: for all'
     )
     p.add_argument(
         '--steps', nargs='+', type=flags.positive, default=[1, 2, 4, 8], help='a column each'

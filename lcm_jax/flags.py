@@ -155,7 +155,8 @@ def _read(file, settings):
     config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     try:
         values(argv)
-        if not isinstance(config.value, ConfigDict):  # an OSError, if the file cannot be read
+        if not isinstance(config.value, ConfigDict):
+            getattr(config.value, 'keys', None)  # raises OSError, if the file could not be read
             raise InputError(f'{file}: its get_config() must give a ConfigDict')
     except OSError as e:
         raise InputError(f'config file: {str(e).splitlines()[-1].strip()}') from e

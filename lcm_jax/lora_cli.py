@@ -55,7 +55,7 @@ def add(verbs, verb):
     def dialect(p):
         p.add_argument(
             '--dialect',
-            help="kohya, kohya-sgm or peft; default: the model family's own, kohya-sgm for SDXL",
+            help='kohya, kohya-sgm or peft; default: kohya-sgm for SDXL and SSD-1B, else kohya',
         )
 
     p = verb(inspect, 'inspect', 'say what is in a LoRA file, in any dialect', group)

@@ -1,6 +1,8 @@
 """Parameter trees as orbax checkpoints, written and read a few arrays at a time."""
 
+import contextlib
 import json
+import logging
 from pathlib import Path
 
 import jax
@@ -30,6 +32,18 @@ class _Streaming(type_handlers.NumpyHandler):
             await super()._background_serialize(*zip(*rows, strict=True))
 
 
+@contextlib.contextmanager
+def unlogged():
+    """Orbax logs nothing: of an error that is raised a page of tracebacks."""
+    log = logging.getLogger('absl')
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def write_tree(folder, tree):
     """Write a tree of Tensors as an orbax checkpoint that `StandardCheckpointer` restores."""
     registry = type_handlers.create_type_handler_registry(
@@ -37,7 +51,7 @@ def write_tree(folder, tree):
         (jax.Array, type_handlers.ArrayHandler()),  # orbax warns without it
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with ocp.Checkpointer(handler) as checkpointer:
+    with unlogged(), ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(Path(folder).resolve(), args=ocp.args.PyTreeSave(tree))
 
 

@@ -61,11 +61,14 @@ def tried(lora, scales, guidance):
     if scales and not lora:
         raise InputError('scales of which LoRA? name it (--lora FILE)')
     scales = SCALES if scales is None and lora else scales
-    if bool(scales) == (guidance is not None and len(guidance) > 1):
+    several = guidance is not None and len(guidance) > 1
+    if scales and several:
         raise InputError(
-            'try the scales of a LoRA (--lora FILE --scales ...) or several values of guidance '
-            '(--guidance ...), not both'
+            '--lora is there to try its scales; to try several values of --guidance with a LoRA, name '
+            'it with --also'
         )
+    if not scales and not several:
+        raise InputError('nothing to try: give --lora FILE, or several values of --guidance')
     return ('scale', scales) if scales else ('guidance', guidance)
 
 

@@ -325,7 +325,9 @@ def test_train_refuses_settings(run, setting, said):
 
 
 def test_train_refuses(run, tmp_path_factory):
-    refused(run('train', '--config', 'nope.py', '--workdir', 'w'), 'nope.py')
+    refused(
+        run('train', '--config', 'nope.py', '--workdir', 'w'), "No such file or directory: 'nope"
+    )
     refused(
         run('train', '--config', CONFIG, '--workdir', 'w', '--config.model=emojy'),
         "'emojy' is neither",

@@ -43,22 +43,20 @@ def test_guidance_embedding(dim):
     np.testing.assert_allclose(ours[0], theirs[0])
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA'])
-def test_pictures_and_masks_are_prepared_as_diffusers_does(mode):
-    channels = {'RGB': 3, 'RGBA': 4}.get(mode)
-    shape = (41, 29) if channels is None else (41, 29, channels)
+@pytest.mark.parametrize('shape', [(41, 29), (41, 29, 3)])
+def test_pictures_and_masks_are_prepared_as_diffusers_does(shape):
     numbers = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     image, (height, width) = Image.fromarray(numbers), (24, 32)
     processor = VaeImageProcessor(vae_scale_factor=8)
     theirs = processor.preprocess(image.convert('RGB'), height, width)
-    ours = images.picture(image, (height, width))
+    ours = images.picture(images.rgb(image), (height, width))
     np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0), atol=1e-6)
 
     processor = VaeImageProcessor(
         vae_scale_factor=8, do_normalize=False, do_binarize=True, do_convert_grayscale=True
     )
     theirs = processor.preprocess(image, height, width)
-    ours = images.mask(image, (height, width))
+    ours = images.mask(images.rgb(image), (height, width))
     np.testing.assert_array_equal(ours, theirs[0].permute(1, 2, 0))
     assert 0.2 < ours.mean() < 0.8
     small = torch.nn.functional.interpolate(theirs, size=(3, 4))

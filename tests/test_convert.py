@@ -237,12 +237,13 @@ def test_diffusers_opens_our_single_files(family, tiny_folder, tmp_path):
     ],
 )
 @pytest.mark.parametrize('out', ['out', 'out.safetensors'])
-def test_all_or_nothing(canonical, tmp_path, damage, said, out):
+def test_all_or_nothing(canonical, tmp_path, damage, said, out, caplog):
     source = shutil.copytree(canonical, tmp_path / 'source')
     damage(source)
     with pytest.raises(InputError, match=said):
         convert(source, tmp_path / out)
     assert {p.name for p in tmp_path.iterdir()} <= {'source'}
+    assert not caplog.records  # the error says it all
 
 
 def test_a_refiner_is_no_single_file(tiny_folder, tmp_path):

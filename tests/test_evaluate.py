@@ -477,8 +477,12 @@ def test_sweep_draws_a_row_for_each_scale(tmp_path, capsys):
     assert float(scale_0[1]) == pytest.approx(want, abs=0.1)
     with Image.open(out) as picture:
         assert picture.size[1] > 2 * 96
-    with pytest.raises(SystemExit, match='not both'):
-        main(['sweep', 'x', '--out', str(out)])
+    for more, said in (
+        ([], 'nothing to try: give --lora FILE, or several values of --guidance'),
+        (['--lora', 'lcm', '--guidance', '1', '2'], 'name it with --also'),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            main(['sweep', 'x', *more, '--out', str(out)])
 
 
 def test_every_key_is_read(model, tmp_path):

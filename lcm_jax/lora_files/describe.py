@@ -10,6 +10,7 @@ from lcm_jax.lora_files import algebra, dialects, methods, peft_config
 from lcm_jax.lora_files.family import family
 from lcm_jax.tensors import open_tensors
 
+LONG = 100  # letters of a value of the metadata that are shown
 # A module's name in any dialect -> its block.
 BLOCK = re.compile(
     r'(?:down|up|input|output)_blocks[._]\d+|mid_block|middle_block|[a-z_]*layers[._]\d+'
@@ -47,7 +48,9 @@ def inspect_lora(file):
         'metadata': f'{len(metadata)} entries',
     }
     lines = [f'{key:<12}{value}' for key, value in rows.items() if value]
-    lines += [f'  {key}: {value}' for key, value in sorted(metadata.items())]
+    for key, value in sorted(metadata.items()):
+        rest = ' ...' if len(value) > LONG else ''
+        lines.append(f'  {key}: {value[:LONG]}{rest}')
     lines += ['norm of the update'] + [f'  {block:<28}{n:10.4g}' for block, n in norms.items()]
     return '\n'.join(lines)
 
