@@ -23,7 +23,7 @@ import pytest
 import runs
 from sets import encoded, sample, tar_of
 
-from lcm_jax import export, feed, flags, sharding, step, student, train
+from lcm_jax import export, feed, flags, sharding, step, student, train, workloads
 from lcm_jax.data import cache
 from lcm_jax.data.settings import DataSettings
 from lcm_jax.errors import InputError
@@ -51,6 +51,15 @@ def test_configs_override_five_to_fifteen_keys(name):
     changed = [key for key in own if own[key] != default[key]]
     written = (runs.CONFIGS / f'{name}.py').read_text().count('\n    c.')
     assert own.keys() == default.keys() and len(changed) >= 5 and written <= 15, changed
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_has_a_step(name):
+    """At its model's full size; nothing is computed."""
+    config = flags.read(runs.CONFIGS / f'{name}.py', {})
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    prog = step.program(*workloads.sizes_of(config.model), config, mesh)
+    assert prog.batch((config.data.resolution,) * 2)['row'].shape == (config.train.batch,)
 
 
 def test_every_key_is_commented_where_it_is_defined():
