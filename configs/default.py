@@ -7,7 +7,10 @@ def get_config():
     c = ml_collections.ConfigDict()
 
     c.model = 'emoji'  # the base: a shipped model's name, a folder, a single file or a hub id
-    c.dtype = 'float32'  # of the frozen base, and of all networks' arithmetic: float32 or bfloat16
+    c.dtype = (
+        'float32'  # of the frozen base and of all networks' arithmetic: float32 or bfloat16 (TPUs
+    )
+    # multiply float32 in bfloat16 too, unless JAX_DEFAULT_MATMUL_PRECISION=highest)
     c.vae_dtype = 'float32'  # of the VAE: SDXL's overflows in float16
     c.objective = 'lcm'  # lcm: distillation; lcf: consistency fine-tuning; denoise: plain training
     c.trains = 'lora'  # lora: an adapter; full: the UNet itself
@@ -65,7 +68,9 @@ def get_config():
     c.train.b2 = 0.999  # Adam's second decay
     c.train.weight_decay = 0.0  # Adam's, times the learning rate
     c.train.clip = 1.0  # largest global gradient norm; 0: no limit
-    c.train.ema_decay = 0.95  # per step; 0: no average is kept
+    c.train.ema_decay = (
+        0.95  # per step, reached by min(ema_decay, (1 + step) / (10 + step)); 0: no average
+    )
     c.train.caption_dropout = 0.0  # share of captions replaced by the null condition
     c.train.seed = 0  # of the start, noise, times and guidance
     c.train.max_skipped = 10  # steps in a row that are not finite before the run ends

@@ -6,6 +6,7 @@ state that is saved says all, and a run that was stopped goes on as if it had no
 
 import collections
 import itertools
+import sys
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -202,7 +203,10 @@ def fit(
         return state
     watch, stream = Watch(max_skipped, int(state.skipped)), batches(start)
     began, waited, since = time.perf_counter(), 0.0, start
-    with tqdm(total=steps, initial=start, desc=label, unit='it', mininterval=1) as bar:
+    every = 1 if sys.stderr.isatty() else 30  # seconds; a log keeps each
+    quiet = jax.process_index() > 0
+    options = {'desc': label, 'unit': 'it', 'mininterval': every, 'disable': quiet}
+    with tqdm(total=steps, initial=start, **options) as bar:
         for i in itertools.count(start + 1):
             asked = time.perf_counter()
             batch, names = next(stream)

@@ -48,6 +48,10 @@ def start_distributed(coordinator=None, processes=None, process=None):
                 'three, with process from 0 to processes - 1'
             )
         jax.distributed.initialize(coordinator, processes, process)
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise InputError(
+            f'{jax.process_count()} processes that have not joined: add --coordinator=auto'
+        )
 
 
 def gathered(blob):

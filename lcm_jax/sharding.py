@@ -60,14 +60,19 @@ def make_mesh(data=-1, fsdp=1, tensor=1, dcn=1, devices=None):
             f'mesh {" x ".join(f"{k} {n}" for k, n in sizes.items())}: {len(devices)} devices; the '
             'sizes must multiply to that'
         )
-    shape, slices = tuple(sizes.values()), {getattr(d, 'slice_index', 0) for d in devices}
+    shape, slices = tuple(sizes.values()), {_slice(d) for d in devices}
     dcn = max(dcn, len(slices))
     if sizes['data'] % dcn or (len(slices) > 1 and dcn % len(slices)):
         raise InputError(
-            f'dcn = {dcn}: must divide data = {sizes["data"]}, and be a multiple of the '
+            f'mesh.dcn = {dcn}: must divide data = {sizes["data"]}, and be a multiple of the '
             f'{len(slices)} slices that the devices form'
         )
     return Mesh(_arranged(shape, dcn, devices, len(slices)), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _slice(device):
+    """Which TPU slice a device is in. GPUs have such a number too, of their host, and need not heed it."""
+    return getattr(device, 'slice_index', 0) if device.platform == 'tpu' else 0
 
 
 def _arranged(shape, dcn, devices, slices):

@@ -31,26 +31,30 @@ CHOICES = {  # key of a config -> what it may be
     'train.best': dict.fromkeys(('', 'distance', 'validation')),
     'export.weights': dict.fromkeys(('params', 'ema')),
 }
-LEAST = {  # key of a config -> the least value that means something
-    'data.validation_batches': 1,
-    'lora.rank': 1,
-    'lora.alpha': 0,
-    'full.w_dim': 0,
-    'distill.min_snr': 0,
-    'train.steps': 0,
-    'train.batch': 1,
-    'train.accumulate': 1,
-    'train.lr': 0,
-    'train.warmup': 0,
-    'train.weight_decay': 0,
-    'train.clip': 0,
-    'train.caption_dropout': 0,
-    'train.max_skipped': 0,
-    'train.log_every': 1,
-    'train.save_every': 1,
-    'train.keep': 1,
+INF = float('inf')
+RANGES = {  # key of a config -> the least and the largest value that mean something
+    'data.validation_batches': (1, INF),
+    'lora.rank': (1, INF),
+    'lora.alpha': (0, INF),
+    'full.w_dim': (0, INF),
+    'distill.huber_c': (0, INF),
+    'distill.min_snr': (0, INF),
+    'train.steps': (0, INF),
+    'train.batch': (1, INF),
+    'train.accumulate': (1, INF),
+    'train.lr': (0, 1e3),
+    'train.warmup': (0, INF),
+    'train.b2': (0, 1),
+    'train.weight_decay': (0, INF),
+    'train.clip': (0, INF),
+    'train.caption_dropout': (0, 1),
+    'train.seed': (0, 2**32 - 1),
+    'train.max_skipped': (0, INF),
+    'train.log_every': (1, INF),
+    'train.save_every': (1, INF),
+    'train.keep': (1, INF),
+    'preview.seed': (0, 2**32 - 1),
 }
-SEEDS = 'train.seed', 'preview.seed'
 
 
 class Program(NamedTuple):
@@ -78,12 +82,17 @@ def program(specs, family, schedule, config, mesh):
             f'{config.model}: its UNet takes {specs["unet"].in_channels} channels, latents have '
             f'{specs["vae"].latent_channels}; models for inpainting are drawn with, not trained'
         )
+    if objective.teacher and (specs['unet'].w_dim or schedule.few_steps):
+        raise InputError(
+            f'{config.model} is a consistency model, which is no teacher; give objective '
+            f'{config.objective!r} a diffusion model, or tune this one with objective lcf'
+        )
     check(config, objective, sharding.groups(mesh))
-    for sampler, steps in (
-        (config.preview.sampler, config.preview.steps),
-        ('ddim', config.preview.teacher_steps),
-    ):
-        schedule.times(sampler, steps)  # raises InputError before hours are spent
+    for key, sampler in (('steps', config.preview.sampler), ('teacher_steps', 'ddim')):
+        try:  # before hours are spent
+            schedule.times(sampler, config.preview[key])
+        except InputError as e:
+            raise InputError(f'preview.{key}: {e}') from e
     tx, rate = optimizer(config.train)
     base = shapes.unet_shapes(specs['unet'], shapes.DTYPES[config.dtype])
     student = choose('trains', config.trains, STUDENTS)(specs['unet'], base, config)
@@ -127,14 +136,11 @@ def check(config, objective, groups):
     objective: a row of OBJECTIVES; groups: of devices that share samples.
     """
     c, values = config.train, config.to_dict()
-    for key, least in LEAST.items():
+    for key, (least, most) in RANGES.items():
         part, name = key.split('.')
-        if not values[part][name] >= least:
-            raise InputError(f'{key} = {values[part][name]}; it must be at least {least}')
-    for key in SEEDS:
-        part, name = key.split('.')
-        if not 0 <= values[part][name] < 2**32:
-            raise InputError(f'{key} = {values[part][name]}; it must be from 0 to {2**32 - 1}')
+        if not least <= values[part][name] <= most:
+            end = '' if most == INF else f' and at most {most}'
+            raise InputError(f'{key} = {values[part][name]}; it must be at least {least}{end}')
     for key in ('dtype', 'vae_dtype'):
         choose(key, config[key], shapes.DTYPES)
     for key, table in CHOICES.items():
@@ -170,7 +176,9 @@ def cached(config):
 def optimizer(c):
     """The keys of config.train -> optimizer, step -> learning rate."""
     if c.decay and c.warmup >= c.steps:
-        raise InputError(f'warmup = {c.warmup} of {c.steps} steps; with decay it must be less')
+        raise InputError(
+            f'train.warmup = {c.warmup} of {c.steps} steps; with decay it must be less'
+        )
     if c.decay:
         rate = optax.warmup_cosine_decay_schedule(0, c.lr, c.warmup, c.steps, c.lr / 100)
     elif c.warmup:
@@ -195,7 +203,10 @@ def make_loss(specs, family, schedule, config, objective, student, unet):
         w_range=w_range(distill.w),
         skip=distill.skip,
     )
-    jax.eval_shape(lambda: draws_of(jax.random.key(0), jnp.arange(1), (1,)))  # raises InputError
+    try:  # before hours are spent
+        jax.eval_shape(lambda: draws_of(jax.random.key(0), jnp.arange(1), (1,)))
+    except InputError as e:
+        raise InputError(f'distill: {e}') from e
     measure, pick = objective.bind(distill), TARGETS[distill.target]
     encoders = {part: specs[part] for part in ('vae', *family.text_encoders)}
     keys_of_cond = [*cond_shapes(specs, 1, jnp.float32)]

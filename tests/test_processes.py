@@ -44,6 +44,16 @@ def test_start_distributed(monkeypatch):
     assert calls == [('a:1', 2, 1), (), ()]
 
 
+def test_processes_that_have_not_joined(monkeypatch):
+    """As on a TPU pod, whose hosts JAX sees without being asked."""
+    monkeypatch.setattr(processes, 'cluster', lambda: None)
+    monkeypatch.setattr(jax, 'process_count', lambda: 4)
+    with pytest.raises(
+        InputError, match='4 processes that have not joined: add --coordinator=auto'
+    ):
+        processes.start_distributed()
+
+
 def test_what_all_processes_must_have_alike(monkeypatch):
     def others(*said):
         rows = [json.dumps(x).encode() for x in said]

@@ -1,5 +1,6 @@
 """Mesh, rules and batches, on eight devices that one CPU stands in for."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -30,6 +31,23 @@ def test_on_eight_devices():
         [sys.executable, str(Path(__file__))], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = 'gpu'
+    device_kind: str = 'H100'
+
+
+def test_gpus_of_several_hosts_are_divided_as_one_likes():
+    """Their number of a host is no TPU slice's: parameters may be divided across hosts."""
+    devices = [Gpu(i, i // 2, i // 2) for i in range(4)]
+    for sizes, expected in (({'fsdp': 4}, (1, 4, 1)), ({'dcn': 2, 'fsdp': 2}, (2, 2, 1))):
+        mesh = sharding.make_mesh(**sizes, devices=devices)
+        assert tuple(mesh.shape.values()) == expected
 
 
 def on_mesh_sizes():

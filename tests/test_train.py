@@ -163,11 +163,17 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
         ({'lora__targets': (('*', 4, 4.0),)}, r"'\*' is no regular expression"),
         ({'full__trainable': '(', 'trains': 'full'}, r"'\(' is no regular expression"),
         ({'mesh__rules': (('.*',),)}, r"rule \('.*',\); one is \(regex"),
-        ({'distill__skip': 30, 'data__source': 'none:'}, r'skip = 30; give a multiple of 20'),
-        ({'train__seed': -1}, r'train\.seed = -1; it must be from 0 to'),
-        ({'preview__seed': 2**32}, r'preview\.seed = 4294967296; it must be from 0 to'),
+        (
+            {'distill__skip': 30, 'data__source': 'none:'},
+            r'distill: skip = 30; give a multiple of 20',
+        ),
+        ({'train__seed': -1}, r'train\.seed = -1; it must be at least 0 and at most 4294967295'),
+        ({'preview__seed': 2**32}, r'preview\.seed = 4294967296; it must be at least 0'),
         ({'data__validation_batches': 0}, 'validation_batches = 0; it must be at least 1'),
-        ({'train__decay': True, 'train__warmup': 6}, 'must be less'),
+        (
+            {'train__decay': True, 'train__warmup': 6},
+            r'train\.warmup = 6 of 6 steps; .* must be less',
+        ),
         ({'objective': 'denoise'}, "'distance' is that to the base's pictures"),
         ({'train__remat': 'block'}, 'blocks'),
         ({'trains': 'full', 'full__trainable': 'to_quack'}, 'to_quack'),
@@ -177,7 +183,11 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
         ({'preview__prompts': ('x ' * 99,)}, 'prompt of 101 tokens'),
         ({'data__validation': 'synthetic:3', 'train__best': 'validation'}, 'synthetic:3'),
         ({'preview__steps': 0}, 'steps = 0; ddim takes a whole number'),
-        ({'preview__teacher_steps': 1000}, 'steps = 1000; ddim takes a whole number'),
+        ({'train__caption_dropout': 1.5}, r'caption_dropout = 1\.5; .* at most 1'),
+        (
+            {'preview__teacher_steps': 1000},
+            'preview.teacher_steps: steps = 1000; ddim takes a whole number',
+        ),
         ({'data__source': 'synthetc:4'}, "did you mean 'synthetic'"),
     ],
 )
@@ -497,6 +507,18 @@ def test_a_run_that_fails_tells_it_too(model, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='as it compiles'):
         runs.run(model, tmp_path)
     assert len(closed) == 1
+
+
+def test_a_consistency_model_is_no_teacher(model):
+    """One that takes guidance, or one whose scheduler says so; but it is fine-tuned."""
+    what, mesh = describe(str(model)), sharding.make_mesh(devices=jax.devices()[:1])
+    config = runs.config(model)
+    told = what.specs | {'unet': dataclasses.replace(what.specs['unet'], w_dim=8)}
+    few = what.schedule._replace(few_steps=True)
+    for specs, schedule in ((told, what.schedule), (what.specs, few)):
+        with pytest.raises(InputError, match='is a consistency model, which is no teacher; give'):
+            step.program(specs, what.family, schedule, config, mesh)
+    step.program(told, what.family, few, runs.config(model, {'objective': 'lcf'}), mesh)
 
 
 def test_models_for_inpainting_are_not_trained(model, tmp_path, uncompiled):
