@@ -1,10 +1,20 @@
 """Errors for people: one line that names the thing, its value and what would be accepted."""
 
+import contextlib
 import difflib
 
 
 class InputError(ValueError):
     """Bad input from outside (a file, a key, an argument); the CLI prints it without a traceback."""
+
+
+@contextlib.contextmanager
+def about(key):
+    """An InputError that is raised meanwhile says first which key it is about."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f'{key}: {e}') from e
 
 
 def first_line(error):

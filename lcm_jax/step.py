@@ -15,7 +15,7 @@ import optax
 from lcm_jax import loop, sharding
 from lcm_jax.distill import DISTANCES, OBJECTIVES, ODE_STEPS, Nets, Noise, draw, each, w_range
 from lcm_jax.encode import encoded
-from lcm_jax.errors import InputError, choose
+from lcm_jax.errors import InputError, about, choose
 from lcm_jax.models import shapes
 from lcm_jax.models.unet import REMAT
 from lcm_jax.student import STUDENTS, Student, network, samples_each, student_net, zeros
@@ -89,10 +89,8 @@ def program(specs, family, schedule, config, mesh):
         )
     check(config, objective, sharding.groups(mesh))
     for key, sampler in (('steps', config.preview.sampler), ('teacher_steps', 'ddim')):
-        try:  # before hours are spent
+        with about(f'preview.{key}'):  # before hours are spent
             schedule.times(sampler, config.preview[key])
-        except InputError as e:
-            raise InputError(f'preview.{key}: {e}') from e
     tx, rate = optimizer(config.train)
     base = shapes.unet_shapes(specs['unet'], shapes.DTYPES[config.dtype])
     student = choose('trains', config.trains, STUDENTS)(specs['unet'], base, config)
@@ -196,17 +194,15 @@ def make_loss(specs, family, schedule, config, objective, student, unet):
     """-> loss(params, ema, frozen, batch, key) -> scalar; student and target share the base."""
     c, distill = config.train, config.distill
     abar, kind, total = np.asarray(schedule.abar), schedule.prediction_type, len(schedule.abar)
-    draws_of = partial(
-        draw,
-        steps=distill.solver_steps if objective.target else total,  # denoising: at any time
-        total=total,
-        w_range=w_range(distill.w),
-        skip=distill.skip,
-    )
-    try:  # before hours are spent
+    with about('distill'):  # before hours are spent
+        draws_of = partial(
+            draw,
+            steps=distill.solver_steps if objective.target else total,  # denoising: at any time
+            total=total,
+            w_range=w_range(distill.w),
+            skip=distill.skip,
+        )
         jax.eval_shape(lambda: draws_of(jax.random.key(0), jnp.arange(1), (1,)))
-    except InputError as e:
-        raise InputError(f'distill: {e}') from e
     measure, pick = objective.bind(distill), TARGETS[distill.target]
     encoders = {part: specs[part] for part in ('vae', *family.text_encoders)}
     keys_of_cond = [*cond_shapes(specs, 1, jnp.float32)]

@@ -147,7 +147,7 @@ def test_a_file_that_is_no_config_is_refused(tmp_path):
         ({'distill__solver': 'euler'}, 'dpm'),
         ({'distill__target': 'teacher'}, 'student, ema'),
         ({'distill__null': 'none'}, 'zeros'),
-        ({'distill__w': '5:2'}, 'LOW:HIGH'),
+        ({'distill__w': '5:2'}, 'distill: .* LOW:HIGH'),
         ({'distill__target': 'ema', 'train__ema_decay': 0.0}, 'ema_decay'),
         ({'export__weights': 'best'}, 'params, ema'),
         ({'train__batch': 48}, 'not exceed'),
