@@ -217,7 +217,8 @@ def fit(
             if i % log_every == 0 or i == steps:
                 metrics, n = watch.means(), i - since
                 log(i, metrics, (time.perf_counter() - began) / n, waited / n)
-                bar.set_postfix({k: f'{metrics[k]:.4f}' for k in METRICS[:1] if k in metrics})
+                shown = {k: f'{metrics[k]:.4f}' for k in METRICS[:1] if k in metrics}
+                bar.set_postfix(shown, refresh=False)
                 began, waited, since = time.perf_counter(), 0.0, i
             stopping, due = stop(i), i % save_every == 0 or i == steps
             if due or stopping:
